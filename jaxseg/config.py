@@ -1,0 +1,186 @@
+"""Checks of a config, and the comparison of two, with errors that name key, value and choices."""
+
+import ast
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jaxseg.data import sources
+from jaxseg.losses.segmentation import BINARY
+from jaxseg.models import HEADS
+from jaxseg.models.segmenter import NORMALIZATIONS
+from jaxseg.models.vit import VARIANTS
+from jaxseg.train.optim import OPTIMIZERS, SCHEDULES
+from jaxseg.train.partition import PARAMETER_LAYOUTS
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("segmentation",),
+    "data.name": sources.NAMES,
+    "backbone.variant": tuple(VARIANTS),
+    "backbone.train": ("auto", "none", "all"),
+    "backbone.normalization": tuple(NORMALIZATIONS),
+    "backbone.precision": ("float32", "bfloat16"),
+    "head.name": tuple(HEADS),
+    "optim.name": OPTIMIZERS,
+    "optim.schedule": SCHEDULES,
+    "eval.split": ("train", "val", "test"),
+    "eval.checkpoint": ("latest", "best"),
+    "sharding.params": PARAMETER_LAYOUTS,
+}
+
+# key: (smallest, largest), both allowed.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "data.threads": (1, 1024),
+    "data.workers": (0, 1024),
+    "data.memory_gigabytes": (0, 1e6),
+    "data.cache_gigabytes": (0, 1e6),
+    "augment.flip": (0, 1),
+    "augment.brightness": (0, 1),
+    "augment.contrast": (0, 1),
+    "augment.saturation": (0, 1),
+    "optim.lr": (0, 1e3),
+    "optim.warmup": (0, 1),
+    "optim.weight_decay": (0, 1e3),
+    "optim.clip_norm": (0, 1e9),
+    "optim.average": (0, 0.999999),
+    "train.batch": (1, 2**20),
+    "train.epochs": (0, 1e9),
+    "train.steps": (0, 2**31 - 1),
+    "train.log_every": (1, 2**31 - 1),
+    "train.eval_every": (0, 2**31 - 1),
+    "train.checkpoint_every": (0, 2**31 - 1),
+    "eval.batch": (1, 2**20),
+    "eval.threshold": (0, 1),
+    **{f"loss.{name}": (0, 1e9) for name in BINARY},
+}
+
+# Keys that do not change what a step computes: a run may go on with others.
+_FREE = ("eval", "data.threads", "data.workers", "data.memory_gigabytes", "data.cache_dir")
+_FREE += ("data.cache_gigabytes", "data.root", "train.log_every", "train.eval_every")
+_FREE += ("train.checkpoint_every", "sharding")
+
+
+class ConfigError(ValueError):
+    """A config value that is not allowed; the message names the key and what is allowed."""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a.b": value}` of a nested config; tuples become lists, as in JSON."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def check_overrides(arguments: Iterable[str], config: ml_collections.ConfigDict) -> None:
+    """Checks that every `--config.a.b=value` names a key of `config` and fits its type.
+
+    Raises:
+      ConfigError: naming the key and the keys that exist beside it, or the type.
+    """
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.")):
+            continue
+        path, equals, text = argument.lstrip("-").partition("=")
+        node: Any = config
+        for depth, key in enumerate(keys := path.split(".")[1:]):
+            if not isinstance(node, ml_collections.ConfigDict) or key not in node:
+                here = ".".join(["config", *keys[:depth]])
+                known = sorted(node) if isinstance(node, ml_collections.ConfigDict) else []
+                raise ConfigError(
+                    f"unknown key {path!r}; allowed in {here}: {', '.join(known) or 'nothing'}"
+                )
+            node = node[key]
+        if isinstance(node, ml_collections.ConfigDict):
+            raise ConfigError(f"{path} is a section; allowed in it: {', '.join(sorted(node))}")
+        if equals:
+            _check_type(path, text, node)
+
+
+def _check_type(path: str, text: str, default: Any) -> None:
+    expected = type(default)
+    if expected is str:
+        return
+    try:
+        value = {"true": True, "false": False}.get(text.lower(), None)
+        value = ast.literal_eval(text) if value is None else value
+    except (ValueError, SyntaxError):
+        value = text
+    fits = {
+        bool: isinstance(value, bool),
+        int: isinstance(value, int) and not isinstance(value, bool),
+        float: isinstance(value, int | float) and not isinstance(value, bool),
+        tuple: True,
+    }
+    if not fits.get(expected, True):
+        raise ConfigError(f"{path}={text!r} is no {expected.__name__} (the default is {default!r})")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks every value against its choices and range, and the values against each other.
+
+    Raises:
+      ConfigError: for the first value that is not allowed.
+    """
+    flat = flatten(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"config.{key} is {flat[key]!r}; allowed: {', '.join(allowed)}")
+    for key, (low, high) in RANGES.items():
+        # The negation also catches NaN.
+        if not low <= flat[key] <= high:
+            raise ConfigError(f"config.{key} is {flat[key]!r}; allowed: {low} to {high}")
+    low, high = _pair(config, "augment.scale", float)
+    if not 0 < low <= high:
+        raise ConfigError(f"config.augment.scale is ({low}, {high}); allowed: 0 < low <= high")
+    _pair(config, "data.size", int)
+    if not any(config.loss.values()):
+        raise ConfigError(f"all of config.loss is 0; give one of {', '.join(BINARY)} a weight")
+    if not config.train.steps and not config.train.epochs:
+        raise ConfigError("config.train.steps and config.train.epochs are both 0; set one")
+    if config.data.name == "shapes" and config.data.root:
+        raise ConfigError(
+            f"config.data.root is {config.data.root!r}, but config.data.name='shapes' draws its own "
+            "images; add --config.data.name=folder (or tfds) to read that folder"
+        )
+    if config.data.name == "folder" and not config.data.root:
+        raise ConfigError("config.data.name='folder' needs --config.data.root=FOLDER")
+    if config.backbone.stride and config.backbone.stride & (config.backbone.stride - 1):
+        raise ConfigError(
+            f"config.backbone.stride is {config.backbone.stride}; allowed: 0, 4, 8, 16, 32"
+        )
+
+
+def _pair(config: ml_collections.ConfigDict, key: str, kind: type) -> tuple[Any, Any]:
+    section, name = key.split(".")
+    value = tuple(config[section][name])
+    numbers = (int,) if kind is int else (int, float)
+    if len(value) != 2 or not all(isinstance(v, numbers) and v >= 0 for v in value):
+        raise ConfigError(f"config.{key} is {value!r}; allowed: two numbers, as in (480, 848)")
+    return value
+
+
+def check_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], workdir: Path) -> None:
+    """Checks that a run begun with `stored` may go on with `config`.
+
+    Raises:
+      ConfigError: listing the keys that differ and matter.
+    """
+    old, new = flatten(stored), flatten(config)
+    differ = [
+        f"  {key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+    ]
+    if differ:
+        lines = "\n".join(differ)
+        raise ConfigError(
+            f"{workdir} holds a run of another config:\n{lines}\n"
+            "Give another --workdir, the same config, or remove that folder."
+        )

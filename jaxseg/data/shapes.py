@@ -1,0 +1,117 @@
+"""The built-in data set `shapes`: find the fish among objects of the same colours and textures.
+
+Everything is drawn: no file, no network. Example i follows from (seed, split, i) alone.
+"""
+
+import math
+import threading
+
+import numpy as np
+
+from jaxseg.data import shapes_forms as forms
+from jaxseg.data.shapes_draw import Canvas, Pose, draw_skin
+
+LENGTHS = {"train": 2000, "val": 200, "test": 300}
+CATEGORIES = ("fish",)
+MEMORY = 512 * 2**20  # bytes of drawn examples that one source keeps
+
+
+class Shapes:
+    """A source of drawn images with exact masks of the fish in them.
+
+    `source[i]` is a dict of image (uint8 HxWx3), mask (uint8 HxW, 1 where a fish is on top),
+    category (0) and name. `size` is (height, width). Raises ValueError for an unknown split or
+    category, a size below 32 or a negative length, and IndexError beyond the end.
+    """
+
+    def __init__(self, split: str, *, seed: int = 0, size: tuple[int, int] = (128, 128),
+                 length: int | None = None, categories: tuple[str, ...] = ()):  # fmt: skip
+        if split not in LENGTHS:
+            raise ValueError(f"unknown split {split!r} of shapes; allowed: {', '.join(LENGTHS)}")
+        for name in categories:
+            if name not in CATEGORIES:
+                raise ValueError(
+                    f"unknown category {name!r} of shapes; allowed: {', '.join(CATEGORIES)}"
+                )
+        size = tuple(int(n) for n in size)
+        if len(size) != 2 or min(size) < 32:
+            raise ValueError(f"size of shapes is {size}; allowed: (height, width), both >= 32")
+        length = LENGTHS[split] if length is None else length
+        if length < 0 or seed < 0:
+            raise ValueError(f"length {length}, seed {seed} of shapes; allowed: both >= 0")
+        self.split, self.seed, self.size = split, seed, size
+        self.categories = CATEGORIES
+        self._length = length
+        self._room = MEMORY // (4 * math.prod(size))
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict:
+        index = int(index)
+        if not -self._length <= index < self._length:
+            raise IndexError(f"example {index} of {self._length} in shapes/{self.split}")
+        index %= self._length
+        drawn = self._kept.get(index)
+        if drawn is None:
+            key = (self.seed, list(LENGTHS).index(self.split), index)
+            drawn = draw_scene(forms.Dice(*key), self.size)
+            with self._lock:
+                if len(self._kept) < self._room:
+                    self._kept[index] = drawn
+        image, mask = drawn
+        name = f"{self.split}-{index:05d}"
+        return {"image": image.copy(), "mask": mask.copy(), "category": 0, "name": name}
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": {}, "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """One image (uint8 HxWx3) and its mask (uint8 HxW, 1 = fish)."""
+    canvas = Canvas(dice, size)
+    lot = dice.uniform()
+    fishes = 0 if lot < 0.08 else 1 if lot < 0.5 else 2 if lot < 0.87 else 3
+    others = round(canvas.height * canvas.width / 128**2 * dice.uniform(6, 10))
+    items = sorted([True] * fishes + [False] * others, key=lambda _: dice.uniform())
+    centres, whole = [], {}  # whole: the number of a fish -> its pixels when painted
+
+    def keep(window, inside) -> bool:
+        """No item may hide more than a third of a fish."""
+        top = canvas.owner[window]
+        for number, pixels in whole.items():
+            covered = np.count_nonzero(inside & (top == number))
+            if covered and np.count_nonzero(canvas.owner == number) - covered < 0.67 * pixels:
+                return False
+        return True
+
+    for number, is_fish in enumerate(items, start=1):
+        if is_fish:
+            shape, scale = forms.fish(dice), dice.uniform(25, 38) * (1.14 - 0.14 * fishes)
+        else:
+            shape, scale = dice.pick(forms.DISTRACTORS)(dice), dice.uniform(12, 30)
+        for _ in range(6):
+            pose = _pose(dice, canvas, scale, 0.75 * scale if is_fish else 0.0, centres)
+            skin = draw_skin(dice, canvas.colour)
+            pixels = canvas.paint(dice, shape, skin, pose, number, keep)
+            if pixels:
+                centres.append(pose.centre)
+                break
+        if is_fish and pixels:
+            whole[number] = pixels
+    mask = np.isin(canvas.owner, list(whole)).astype(np.uint8)
+    return canvas.finish(dice), mask
+
+
+def _pose(dice: forms.Dice, canvas: Canvas, scale: float, margin: float, centres: list) -> Pose:
+    """Of three random places at least `margin` from the border, the one farthest from others."""
+    room = canvas.width - margin, canvas.height - margin
+    places = [tuple(dice.uniform(margin, end) for end in room) for _ in range(3)]
+    centre = max(places, key=lambda p: min((math.dist(p, q) for q in centres), default=0))
+    turn, flip = dice.uniform(0, 2 * math.pi), dice.chance(0.5)
+    return Pose(centre, scale, turn, flip, bend=dice.uniform(-0.2, 0.2))

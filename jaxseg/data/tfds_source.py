@@ -1,0 +1,154 @@
+"""Images and masks of a prepared TensorFlow Datasets data set, read without TensorFlow."""
+
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxseg.data.images import VOID, DataError, binary_mask
+
+_PREPARE = (
+    "prepare it once with tfds.builder({name!r}, data_dir={root!r}, "
+    "file_format='array_record').download_and_prepare() (many builders need TensorFlow for that)"
+)
+
+
+class Tfds:
+    """Image and binary mask of any TFDS data set that has both; there is one category, "object".
+
+    Args:
+      split: a split of the data set, or a slice as "train[:80%]". "val" also finds "validation".
+      dataset: its name, with config and version if need be, e.g. "oxford_iiit_pet".
+      root: TFDS's data_dir; empty for its default.
+      image_key, mask_key: the features to read: uint8 HxWx3 or HxWx1, and integer HxW or HxWx1.
+      foreground: the mask values that are foreground; all others are background. Empty: the
+        values are 0/255, or ids 0 and 1 with 255 as void (see `images.read_mask`).
+      void: the mask values to be ignored, if `foreground` is given. For the trimaps of
+        oxford_iiit_pet: foreground=(1,), void=(3,).
+      categories: empty, or ("object",).
+
+    Raises:
+      DataError: if the data set is not prepared as array_record, or lacks the split or a feature.
+    """
+
+    categories = ("object",)
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        dataset: str,
+        root: str = "",
+        image_key: str = "image",
+        mask_key: str = "segmentation_mask",
+        foreground: Sequence[int] = (),
+        void: Sequence[int] = (),
+        categories: Sequence[str] = (),
+    ):
+        unknown = sorted(set(categories) - set(self.categories))
+        if unknown:
+            raise DataError(f"{dataset} has no category {', '.join(unknown)}; available: object")
+        builder = _prepared(dataset, root)
+        features = dict(builder.info.features)
+        for key in (image_key, mask_key):
+            if key not in features:
+                raise DataError(f"{dataset} has no feature {key!r}; it has {', '.join(features)}")
+        splits = builder.info.splits
+        if split == "val" and "val" not in splits and "validation" in splits:
+            split = "validation"
+        others = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, tfds.features.Image) and key not in (image_key, mask_key)
+        ]
+        self._examples = _open(builder, dataset, root, split, skip=others)
+        self._encoded = _open(builder, dataset, root, split, skip=[*others, image_key, mask_key])
+        self._where = f"{dataset}/{split}"
+        self._image_key, self._mask_key = image_key, mask_key
+        self._foreground, self._void = tuple(foreground), tuple(void)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict:
+        """Reads an example: image uint8 HxWx3, mask uint8 HxW in {0, 1, 255}, category 0, name."""
+        where = f"{self._where} example {index}"
+        if not 0 <= index < len(self):
+            raise IndexError(f"{where}: there are {len(self)}")
+        try:
+            example = self._examples[int(index)]
+        except Exception as error:
+            raise DataError(f"{where}: cannot be decoded ({error})") from error
+        image, mask = _rgb(example[self._image_key], where), self._mask(example, where)
+        if image.shape[:2] != mask.shape:
+            raise DataError(
+                f"{where}: image {image.shape[:2]} and mask {mask.shape} must have the same size"
+            )
+        name = re.sub(r"\W+", "-", f"{self._where}-{index:06d}")
+        return {"image": image, "mask": mask, "category": 0, "name": name}
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Returns every (height, width), from the image headers."""
+        return [self._size(index) for index in range(len(self))]
+
+    def _size(self, index: int) -> tuple[int, int]:
+        encoded = self._encoded[index][self._image_key]
+        if not isinstance(encoded, bytes):  # a tensor feature, which has no header
+            return tuple(np.shape(encoded)[:2])
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
+
+    def _mask(self, example: dict, where: str) -> np.ndarray:
+        raw = np.asarray(example[self._mask_key])
+        raw = raw[..., 0] if raw.ndim == 3 else raw
+        if not self._foreground:
+            try:
+                return binary_mask(raw, where)
+            except DataError as error:
+                raise DataError(f"{error}; or name the foreground values") from error
+        mask = np.isin(raw, self._foreground).astype(np.uint8)
+        mask[np.isin(raw, self._void)] = VOID
+        return mask
+
+
+def _prepared(dataset: str, root: str) -> tfds.core.DatasetBuilder:
+    advice = _PREPARE.format(name=dataset, root=root or None)
+    try:
+        builder = tfds.builder(dataset, data_dir=root or None)
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(
+            f"TFDS knows no data set {dataset!r}, and none is prepared in {root!r}: check both, or "
+            f"import the module that defines it and {advice}"
+        ) from error
+    if not builder.info.splits:
+        raise DataError(f"{dataset} is not prepared in {builder.data_dir}: {advice}")
+    return builder
+
+
+def _open(builder, dataset: str, root: str, split: str, *, skip: Sequence[str]):
+    """A random-access view of the split that leaves the features `skip` encoded."""
+    decoders = {key: tfds.decode.SkipDecoding() for key in skip}
+    try:
+        return builder.as_data_source(split=split, decoders=decoders or None)
+    except NotImplementedError as error:
+        raise DataError(
+            f"{dataset} in {builder.data_dir} is not stored as array_record, which reading without "
+            f"TensorFlow needs: {_PREPARE.format(name=dataset, root='another folder')}"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{dataset} has no split {split!r}; it has {', '.join(builder.info.splits)}"
+        ) from error
+
+
+def _rgb(image: np.ndarray, where: str) -> np.ndarray:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+        raise DataError(
+            f"{where}: image is {image.dtype} {image.shape}; allowed is uint8 HxWxC with 1, 3 or 4 "
+            "channels (the fourth, alpha, is dropped)"
+        )
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]

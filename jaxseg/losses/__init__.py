@@ -1,0 +1,1 @@
+"""Losses: pure functions from logits, labels and a validity mask to per-image values."""

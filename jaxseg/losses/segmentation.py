@@ -1,0 +1,93 @@
+"""Losses for binary segmentation.
+
+Every function takes `logits`, `labels` and `valid` of one shape, `B x ...` (the dimensions after the
+first are an image's pixels), and returns one float32 value an image, shape `B`. Labels lie in
+[0, 1]; pixels where `valid` is 0 count nowhere, and an image without a valid pixel gives 0 with zero
+gradients.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def _pixels(*arrays: jax.Array) -> list[jax.Array]:
+    return [jnp.asarray(a, jnp.float32).reshape(a.shape[0], -1) for a in arrays]
+
+
+def _masked_mean(values_BxN: jax.Array, valid_BxN: jax.Array) -> jax.Array:
+    # `where` rather than a product: a non-finite value behind the mask must not reach the sum.
+    total = jnp.where(valid_BxN > 0, values_BxN, 0.0).sum(-1)
+    return total / jnp.maximum((valid_BxN > 0).sum(-1), 1)
+
+
+def bce(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.Array:
+    """Sigmoid binary cross-entropy in nats, the mean over an image's valid pixels."""
+    logits, labels, valid = _pixels(logits, labels, valid)
+    return _masked_mean(optax.sigmoid_binary_cross_entropy(logits, labels), valid)
+
+
+def focal(
+    logits: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+) -> jax.Array:
+    """Focal loss, `-alpha_t (1 - p_t)^gamma log p_t` (Lin et al., ICCV 2017, eq. 5), mean of pixels."""
+    logits, labels, valid = _pixels(logits, labels, valid)
+    values = optax.losses.sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma)
+    return _masked_mean(values, valid)
+
+
+def _overlap(logits, labels, valid):
+    logits, labels, valid = _pixels(logits, labels, valid)
+    inside = valid > 0
+    probability = jnp.where(inside, jax.nn.sigmoid(logits), 0.0)
+    labels = jnp.where(inside, labels, 0.0)
+    any_valid = inside.any(-1)
+    return (probability * labels).sum(-1), probability.sum(-1), labels.sum(-1), any_valid
+
+
+def dice(
+    logits: jax.Array, labels: jax.Array, valid: jax.Array, *, smooth: float = 1.0
+) -> jax.Array:
+    """Soft Dice loss, `1 - (2 |PL| + s) / (|P| + |L| + s)`, over an image's pixels (Milletari 2016).
+
+    `smooth` is counted in pixels: it makes an image without foreground have the loss 0 at P = 0.
+    """
+    both, predicted, true, any_valid = _overlap(logits, labels, valid)
+    loss = 1.0 - (2.0 * both + smooth) / (predicted + true + smooth)
+    return jnp.where(any_valid, loss, 0.0)
+
+
+def jaccard(
+    logits: jax.Array, labels: jax.Array, valid: jax.Array, *, smooth: float = 1.0
+) -> jax.Array:
+    """Soft Jaccard (IoU) loss, `1 - (|PL| + s) / (|P| + |L| - |PL| + s)` (Rahman and Wang 2016)."""
+    both, predicted, true, any_valid = _overlap(logits, labels, valid)
+    loss = 1.0 - (both + smooth) / (predicted + true - both + smooth)
+    return jnp.where(any_valid, loss, 0.0)
+
+
+BINARY: dict[str, Callable[..., jax.Array]] = {
+    "bce": bce,
+    "dice": dice,
+    "focal": focal,
+    "jaccard": jaccard,
+}
+
+
+def binary_loss(
+    logits: jax.Array, labels: jax.Array, valid: jax.Array, *, weights: Mapping[str, float]
+) -> jax.Array:
+    """Sum of the losses named in `weights`, each times its weight; losses of weight 0 are skipped.
+
+    Returns:
+      One value an image, shape `B`, float32.
+    """
+    terms = [w * BINARY[name](logits, labels, valid) for name, w in weights.items() if w]
+    return sum(terms, jnp.zeros(logits.shape[0], jnp.float32))

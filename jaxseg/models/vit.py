@@ -1,0 +1,261 @@
+"""Vision transformers of DINO (Caron et al., ICCV 2021) and DINOv2 (Oquab et al., TMLR 2024)."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxseg.ops.resize import interpolate_position_embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The shape of one ViT: all that is needed to build it and to read its weights.
+
+    `grid` is the side of the native position grid, `registers` the number of register tokens
+    (Darcet et al., ICLR 2024); `pos_offset` and `pos_antialias` say how positions are resized.
+    """
+
+    name: str
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    grid: int
+    mlp_ratio: int = 4
+    layerscale: bool = False
+    registers: int = 0
+    pos_offset: float = 0.1
+    pos_antialias: bool = False
+
+
+def _dinov2(name: str, dim: int, depth: int, heads: int) -> list[Variant]:
+    plain = Variant(name, 14, dim, depth, heads, grid=37, layerscale=True)
+    with_registers = dataclasses.replace(
+        plain, name=f"{name}_reg", registers=4, pos_offset=0.0, pos_antialias=True
+    )
+    return [plain, with_registers]
+
+
+# Sizes: DINO, github.com/facebookresearch/dino/blob/main/vision_transformer.py; DINOv2 and its
+# registers, github.com/facebookresearch/dinov2/blob/main/dinov2/hub/backbones.py.
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in [
+        Variant("dino_vitt16", 16, 192, 12, 3, grid=14),
+        Variant("dino_vits16", 16, 384, 12, 6, grid=14),
+        Variant("dino_vits8", 8, 384, 12, 6, grid=28),
+        Variant("dino_vitb16", 16, 768, 12, 12, grid=14),
+        Variant("dino_vitb8", 8, 768, 12, 12, grid=28),
+        *_dinov2("dinov2_vits14", 384, 12, 6),
+        *_dinov2("dinov2_vitb14", 768, 12, 12),
+        *_dinov2("dinov2_vitl14", 1024, 24, 16),
+        # Ours: small enough to train together with a head on a laptop.
+        Variant("vit_micro16", 16, 192, 4, 3, grid=8),
+        Variant("vit_micro8", 8, 192, 4, 3, grid=16),
+    ]
+}
+
+_weight_init = nn.initializers.truncated_normal(0.02)
+# PyTorch's default for convolutions, which the reference leaves in place for the patch embedding.
+_patch_init = nn.initializers.variance_scaling(
+    1 / 3, "fan_in", "uniform", in_axis=(0, 1, 2), out_axis=3
+)
+
+
+def get_variant(variant: Variant | str) -> Variant:
+    """Returns the entry of `VARIANTS` of that name, or a given Variant unchanged."""
+    if isinstance(variant, Variant):
+        return variant
+    if variant not in VARIANTS:
+        raise ValueError(f"no backbone is called {variant!r}: allowed are {', '.join(VARIANTS)}")
+    return VARIANTS[variant]
+
+
+def from_variant(variant: Variant | str, *, dtype: Any = jnp.float32) -> "ViT":
+    """Returns the ViT of a Variant or of a name in `VARIANTS`, computing in `dtype`."""
+    return ViT(variant=get_variant(variant), dtype=dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x Phi(x). The erf form is faster on CPUs than the erfc form of `jax.nn.gelu`."""
+    return x * 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., ICCV 2021)."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), (x_BxNxD.shape[-1],))
+        return x_BxNxD * gamma.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; softmax in float32."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the output [B, N, D] and the attention [B, heads, N, N] (query, key)."""
+        b, n, dim = x_BxNxD.shape
+        qkv = nn.Dense(3 * dim, dtype=self.dtype, kernel_init=_weight_init, name="qkv")(x_BxNxD)
+        qkv = qkv.reshape(b, n, 3, self.heads, dim // self.heads)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * (dim // self.heads) ** -0.5, axis=-1)
+        out = jnp.einsum("bhqk,bhkd->bqhd", weights.astype(self.dtype), v).reshape(b, n, dim)
+        out = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(out)
+        return out, weights
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    ratio: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
+        dim = x_BxNxD.shape[-1]
+        x = nn.Dense(self.ratio * dim, dtype=self.dtype, kernel_init=_weight_init, name="fc1")(
+            x_BxNxD
+        )
+        return nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="fc2")(gelu(x))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    variant: Variant
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the tokens [B, N, D] and the block's attention [B, heads, N, N]."""
+        v = self.variant
+        y, attention = Attention(v.heads, self.dtype, name="attn")(
+            nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x_BxNxD)
+        )
+        x = x_BxNxD + (LayerScale(self.dtype, name="ls1")(y) if v.layerscale else y)
+        y = Mlp(v.mlp_ratio, self.dtype, name="mlp")(
+            nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
+        )
+        return x + (LayerScale(self.dtype, name="ls2")(y) if v.layerscale else y), attention
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping patches, as one matrix product."""
+
+    variant: Variant
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, image_BxHxWx3: jax.Array) -> jax.Array:
+        b, height, width, channels = image_BxHxWx3.shape
+        p, dim = self.variant.patch, self.variant.dim
+        kernel = self.param("kernel", _patch_init, (p, p, channels, dim))
+        bias = self.param("bias", nn.initializers.zeros, (dim,))
+        x = image_BxHxWx3.astype(self.dtype).reshape(b, height // p, p, width // p, p, channels)
+        x = jnp.swapaxes(x, 2, 3).reshape(b, (height // p) * (width // p), p * p * channels)
+        return x @ kernel.reshape(-1, dim).astype(self.dtype) + bias.astype(self.dtype)
+
+
+class ViT(nn.Module):
+    """A vision transformer for images of any size that is a multiple of the patch size.
+
+    Parameters are float32; matrix products run in `dtype` (float32 or bfloat16), LayerNorm
+    statistics and softmax in float32. On GPUs and TPUs float32 products follow
+    `jax.default_matmul_precision`.
+    """
+
+    variant: Variant
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image_BxHxWx3: jax.Array, *, layers: Sequence[int] = (), attention: bool = False
+    ) -> dict[str, Any]:
+        """Computes the features of normalised images.
+
+        Args:
+          image_BxHxWx3: float, normalised (the released weights expect ImageNet mean and deviation).
+          layers: blocks to return besides the last; negative ones count from the end.
+          attention: whether to return the attention of the last block.
+
+        Returns:
+          Float32 arrays. `cls` [B, D] and `patches` [B, h, w, D] after the final norm. `layers` and
+          `layers_cls`: the same two of each block in `layers`, by the index asked for, each after
+          the final norm. `attention` (if asked): [B, heads, N, N], query by key, tokens in the order
+          CLS, registers, patches by rows.
+
+        Raises:
+          ValueError: the image is not [B, H, W, 3] with H and W positive multiples of the patch,
+            or there is no such block.
+        """
+        v = self.variant
+        grid_hw = _check_input(image_BxHxWx3.shape, v.patch)
+        wanted = {index: _block_index(index, v.depth) for index in layers}
+        x = self._tokens(image_BxHxWx3, grid_hw)
+        norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
+        kept = {}
+        for i in range(v.depth):
+            x, weights = Block(v, self.dtype, name=f"blocks_{i}")(x)
+            if i in wanted.values():
+                kept[i] = norm(x)
+        x = norm(x)
+
+        def split(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+            patches = tokens[:, 1 + v.registers :]
+            return tokens[:, 0], patches.reshape(*tokens.shape[:1], *grid_hw, v.dim)
+
+        cls, patches = split(x)
+        out = {"cls": cls, "patches": patches}
+        out["layers"] = {index: split(kept[i])[1] for index, i in wanted.items()}
+        out["layers_cls"] = {index: split(kept[i])[0] for index, i in wanted.items()}
+        if attention:
+            out["attention"] = weights
+        return out
+
+    def _tokens(self, image_BxHxWx3: jax.Array, grid_hw: tuple[int, int]) -> jax.Array:
+        v = self.variant
+        b = image_BxHxWx3.shape[0]
+        x = PatchEmbed(v, self.dtype, name="patch_embed")(image_BxHxWx3)
+        cls = self.param("cls_token", _weight_init, (1, 1, v.dim))
+        pos = self.param("pos_embed", _weight_init, (1, 1 + v.grid**2, v.dim))
+        pos = interpolate_position_embedding(
+            pos, grid_hw, offset=v.pos_offset, antialias=v.pos_antialias
+        )
+        first = jnp.broadcast_to(cls + pos[:, :1], (b, 1, v.dim)).astype(self.dtype)
+        parts = [first, x + pos[:, 1:].astype(self.dtype)]
+        if v.registers:
+            registers = self.param("register_tokens", _weight_init, (1, v.registers, v.dim))
+            registers = jnp.broadcast_to(registers, (b, v.registers, v.dim)).astype(self.dtype)
+            parts.insert(1, registers)
+        return jnp.concatenate(parts, axis=1)
+
+
+def _check_input(shape: tuple[int, ...], patch: int) -> tuple[int, int]:
+    """Returns the patch grid (h, w) of an image batch of this shape."""
+    if len(shape) != 4 or shape[-1] != 3:
+        raise ValueError(f"expected images of shape [B, H, W, 3], got {tuple(shape)}")
+    height, width = shape[1:3]
+    if height % patch or width % patch or not height or not width:
+        raise ValueError(
+            f"images of {height}x{width} cannot be cut into patches of {patch}: "
+            f"height and width must be positive multiples of {patch}"
+        )
+    return height // patch, width // patch
+
+
+def _block_index(index: int, depth: int) -> int:
+    if not -depth <= index < depth:
+        raise ValueError(f"no block {index}: allowed are {-depth} to {depth - 1}")
+    return index % depth

@@ -1,0 +1,37 @@
+"""What `main.py` can do, by the name of the mode."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jaxseg import predict, run
+from jaxseg.config import ConfigError
+from jaxseg.train.loop import Interrupted, NonFiniteLossError
+
+# Mistakes and conditions that a message explains better than a traceback.
+USER_ERRORS = (ValueError, OSError, Interrupted, NonFiniteLossError)
+
+
+def main(
+    mode: str,
+    *,
+    config: ml_collections.ConfigDict | None,
+    overrides: Mapping[str, Any],
+    workdir: Path,
+    inputs: str | None = None,
+    outputs: str | None = None,
+) -> None:
+    """Runs a mode: `train` (needs `config`), `eval`, or `predict` (needs `inputs` and `outputs`)."""
+    if mode == "train":
+        if config is None:
+            raise ConfigError("--mode=train needs --config=configs/FILE.py")
+        run.train(config, workdir)
+    elif mode == "eval":
+        run.evaluate(workdir, overrides)
+    else:
+        if not inputs or not outputs:
+            raise ConfigError("--mode=predict needs --inputs=FILE|FOLDER|GLOB and --outputs=FOLDER")
+        masks = predict.predict(workdir, inputs, Path(outputs), overrides)
+        print(f"{len(masks)} masks and overlays in {outputs}")

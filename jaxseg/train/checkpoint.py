@@ -1,0 +1,204 @@
+"""Orbax checkpoints of a run: asynchronous, best and latest kept, damaged ones passed over.
+
+Layout below the workdir:
+
+    checkpoints/<step>/   the `TrainState` with a checksum of every leaf, and the metrics at that step
+    frozen/               the parameters that never change, written once
+
+The checksum is our own because a flipped byte inside a data file is not noticed on reading.
+"""
+
+import logging
+
+log = logging.getLogger(__name__)
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+# The two latest, so that there is one to fall back on, and the best by this metric.
+_KEEP_LATEST = 2
+BEST_METRIC = "iou"
+
+
+class CheckpointError(ValueError):
+    """No usable checkpoint where one is needed."""
+
+
+@jax.jit
+def _checksum(tree: Any) -> Any:
+    """A uint32 for each leaf: the wrapped sum of its bits, weighted by position so that swaps show."""
+
+    def leaf(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x
+        bits = bits.astype(jnp.uint32).reshape(-1)
+        weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
+        return (bits * weights).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _verified(path: Path, restored: Mapping[str, Any]) -> Any:
+    same = jax.tree.map(lambda a, b: bool(a == b), _checksum(restored["tree"]), restored["sum"])
+    bad = [jax.tree_util.keystr(k) for k, ok in jax.tree_util.tree_leaves_with_path(same) if not ok]
+    if bad:
+        raise CheckpointError(
+            f"{path}: the checksum of {bad[0]} does not match: the file is damaged"
+        )
+    return restored["tree"]
+
+
+def _bundle(tree: Any) -> dict[str, Any]:
+    return {"tree": tree, "sum": _checksum(tree)}
+
+
+def _abstract(tree: Any) -> Any:
+    """What `_bundle` saves for `tree` (arrays or `ShapeDtypeStruct`s with shardings), as targets."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+    return {"tree": target, "sum": jax.tree.map(lambda _: number, tree)}
+
+
+class Checkpointer:
+    """Saves and restores the `TrainState`s of one workdir.
+
+    Args:
+      workdir: the run's folder.
+      read_only: never write, delete or move anything (evaluation, prediction).
+    """
+
+    def __init__(self, workdir: Path, *, read_only: bool = False):
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._read_only = read_only
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(_KEEP_LATEST),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    reverse=False,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics[BEST_METRIC],
+            best_mode="max",
+            preservation_policy=None if self._read_only else keep,
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
+            create=not self._read_only,
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: Any, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to save; returns once the arrays are copied, and the rest happens in the background."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.StandardSave(_bundle(state)),
+            metrics=None if metrics is None else {BEST_METRIC: float(metrics[BEST_METRIC])},
+            force=True,
+        )
+
+    def restore(self, like: Any, *, which: str = "latest") -> tuple[Any, int] | None:
+        """Restores the newest checkpoint that can be read, or None where there is none at all.
+
+        Args:
+          like: a state of the wanted structure, shapes and shardings.
+          which: `latest` or `best` (by validation `iou`; the latest where none was measured).
+
+        Raises:
+          CheckpointError: there are checkpoints, and none can be read.
+        """
+        steps = self.steps()[::-1]
+        if which == "best" and self._manager.best_step() is not None:
+            best = self._manager.best_step()
+            steps = [best] + [s for s in steps if s != best]
+        damaged = []
+        for step in steps:
+            path = self._folder / str(step)
+            try:
+                args = ocp.args.StandardRestore(_abstract(like))
+                state = _verified(path, self._manager.restore(step, args=args))
+            except Exception as error:  # Orbax and TensorStore raise many kinds here.
+                first_line = str(error).strip().splitlines()[0] if str(error).strip() else error
+                log.warning(
+                    "checkpoint %s cannot be read (%s): trying the one before", path, first_line
+                )
+                damaged.append(path)
+                continue
+            if damaged and not self._read_only:
+                self._set_aside(damaged)
+            if damaged:
+                log.warning("restored %s instead of %s", path, damaged[0])
+            return state, step
+        if damaged:
+            raise CheckpointError(
+                f"none of the checkpoints in {self._folder} can be read (steps {steps}): they are "
+                "damaged or belong to another model. Remove the folder to start over."
+            )
+        return None
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """Renames damaged checkpoints, so that the run can save at those steps again."""
+        self._manager.close()
+        if jax.process_index() == 0:
+            for path in damaged:
+                target = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                path.rename(target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager = self._open()
+
+    def wait(self) -> None:
+        """Returns once everything saved is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def save_frozen(workdir: Path, frozen: Any) -> None:
+    """Writes the parameters that never change, once; a finished copy is left as it is."""
+    folder = Path(workdir).absolute() / "frozen"
+    if folder.exists() or not jax.tree.leaves(frozen):
+        return
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, _bundle(frozen))
+
+
+def restore_frozen(workdir: Path, like: Any) -> Any:
+    """Reads what `save_frozen` wrote, into the structure and shardings of `like`.
+
+    Raises:
+      CheckpointError: the copy is missing or damaged.
+    """
+    if not jax.tree.leaves(like):
+        return like
+    folder = Path(workdir).absolute() / "frozen"
+    if not folder.exists():
+        raise CheckpointError(f"{folder} is missing: it holds the frozen parameters of this run")
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _verified(folder, checkpointer.restore(folder, _abstract(like)))

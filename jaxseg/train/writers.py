@@ -1,0 +1,114 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard, and progress on the terminal. Process 0 only."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON so that the file is either the old one or the whole new one."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The objects of `metrics.jsonl`; a last line cut short by a kill is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricWriter:
+    """Appends logged steps to `metrics.jsonl` and `tensorboard/`.
+
+    Args:
+      workdir: the run's folder.
+      start_step: what was logged after this step is dropped: the run does those steps again.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int):
+        self._file = self._board = None
+        if jax.process_index() != 0:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one object `{"step": step, **values}`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines otherwise, with images/s and the time left."""
+
+    def __init__(self, label: str, total: int, *, start: int = 0, unit_images: int = 1):
+        self._label, self._total, self._images = label, total, unit_images
+        self._start = self._done = start
+        self._begin = self._last_line = time.monotonic()
+        self._bar = None
+        self._silent = jax.process_index() != 0
+        if not self._silent and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total, initial=start, desc=label, unit="step", dynamic_ncols=True
+            )
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean rate since the start (which includes compilation)."""
+        return (self._done - self._start) * self._images / max(time.monotonic() - self._begin, 1e-9)
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` steps are finished; a plain line appears at most every five seconds."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"{self.images_per_second:.1f} images/s {note}", refresh=False
+            )
+            self._bar.update(done - self._done)
+        self._done = done
+        now = time.monotonic()
+        due = now - self._last_line > 5 or done == self._total
+        if self._bar is None and not self._silent and due and done > self._start:
+            self._last_line = now
+            left = (self._total - done) * (now - self._begin) / (done - self._start)
+            print(
+                f"{self._label} {done}/{self._total}  {self.images_per_second:.1f} images/s  "
+                f"{left:.0f} s left  {note}",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,73 @@
+"""Pretrained backbones: from a catalogue name or a file to parameters of our ViT."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from jaxseg.models.vit import Variant, get_variant
+from jaxseg.weights import catalog, convert, safetensors, torch_pickle
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters of a backbone: nested dict of float32 NumPy arrays in the layout of `ViT`.
+
+    `source` is the file they came from and `digest` its sha256.
+    """
+
+    params: dict[str, Any]
+    variant: Variant
+    source: str
+    digest: str
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    variant: Variant | str | None = None,
+    cache_dir: str | Path | None = None,
+    branch: str = "teacher",
+) -> Weights:
+    """Loads pretrained weights.
+
+    Args:
+      name_or_path: a name in `catalog.CATALOG` (downloaded once), a `.pth` or `.safetensors` file,
+        or a folder with a checkpoint of our own.
+      variant: a name in `VARIANTS` or a Variant that the file must fit; inferred if None.
+      cache_dir: where downloads are kept; see `catalog.cache_folder`.
+      branch: "teacher" or "student", for training files that hold both.
+
+    Raises:
+      ValueError: unknown name, damaged or foreign file, or tensors that do not fit, all named.
+      OSError: the file cannot be read or downloaded.
+    """
+    if branch not in ("teacher", "student"):
+        raise ValueError(f"branch is {branch!r}: allowed are 'teacher' and 'student'")
+    if variant is not None:
+        variant = get_variant(variant)
+    path = Path(name_or_path).expanduser()
+    if str(name_or_path) in catalog.CATALOG:
+        variant = variant or get_variant(str(name_or_path))
+        path = catalog.fetch(str(name_or_path), cache_dir=cache_dir)
+    if path.is_dir():
+        return _load_orbax(path)
+    if not path.is_file():
+        raise ValueError(
+            f"no weights {str(name_or_path)!r}: neither a file nor one of {', '.join(catalog.CATALOG)}"
+        )
+    tensors = convert.pick_branch(_read(path), branch=branch, source=str(path))
+    params, variant = convert.to_flax(tensors, variant=variant, source=str(path))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Weights(params, variant, str(path), digest)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return safetensors.read(path)
+    return torch_pickle.read(path)
+
+
+def _load_orbax(path: Path) -> Weights:
+    raise ValueError(f"{path} is a folder: reading our own checkpoints is not supported yet")

@@ -1,0 +1,62 @@
+"""Reads `.safetensors` files: an 8-byte length, a JSON header, then raw little-endian buffers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MAX_HEADER = 100_000_000  # The format's own limit.
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a `.safetensors` file by name, mapped from disk and read-only.
+
+    float32, float16 and bfloat16. Raises ValueError, naming the file (and the tensor), if the header
+    is not valid, a tensor has another dtype, or its bytes lie outside the file.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"{path} is truncated or not a safetensors file: {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from e
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    if size == 8 + length:
+        data = np.zeros(0, np.uint8)
+    else:
+        data = np.memmap(path, np.uint8, mode="r", offset=8 + length)
+    return {name: _tensor(f"{path}: {name}", entry, data) for name, entry in header.items()}
+
+
+def _tensor(where: str, entry: Any, data: np.ndarray) -> np.ndarray:
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        integers = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+    except (KeyError, TypeError, ValueError):
+        integers = False
+    if not integers:
+        raise ValueError(f"{where} has no valid dtype, shape and data_offsets: {entry}")
+    if code not in _DTYPES:
+        raise ValueError(f"{where} is {code}: allowed are {', '.join(_DTYPES)}")
+    dtype = _DTYPES[code]
+    expected = math.prod(shape) * dtype.itemsize
+    if end - begin != expected or end > data.size:
+        raise ValueError(
+            f"{where} of shape {shape} needs {expected} bytes, found {begin} to {end} of the file's "
+            f"{data.size}: truncated or damaged"
+        )
+    return data[begin:end].view(dtype).reshape(shape)

@@ -1,0 +1,69 @@
+"""Trains, evaluates and applies segmenters: see README.md, or `python main.py --help`."""
+
+import logging
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, such as configs/pac_objseg.py."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict"], "What to do.")
+_INPUTS = flags.DEFINE_string("inputs", None, "predict: an image, a folder or a quoted glob.")
+_OUTPUTS = flags.DEFINE_string("outputs", None, "predict: the folder for masks and overlays.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes of a TPU pod or GPU cluster (jax.distributed)."
+)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a wrong config key or value ends the program with one clear line."""
+    from jaxseg import config as checks
+
+    rest = [a for a in argv if not a.startswith(("--config.", "-config."))]
+    try:
+        remaining = flags.FLAGS(rest)
+        if _CONFIG.value is not None:
+            checks.check_overrides(argv, _CONFIG.value)
+            flags.FLAGS.unparse_flags()
+            remaining = flags.FLAGS(argv)
+    except (flags.Error, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    return remaining
+
+
+def _log_to_terminal() -> None:
+    """Shows warnings, and of our own messages also the informative ones."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("jaxseg").setLevel(logging.INFO)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument {argv[1]!r}; options begin with --")
+    _log_to_terminal()
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    from jaxseg import modes
+
+    try:
+        modes.main(
+            _MODE.value,
+            config=_CONFIG.value,
+            overrides=flags.FLAGS["config"].override_values,
+            workdir=Path(_WORKDIR.value),
+            inputs=_INPUTS.value,
+            outputs=_OUTPUTS.value,
+        )
+    except modes.USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

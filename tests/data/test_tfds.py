@@ -1,0 +1,147 @@
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxseg import data
+from jaxseg.data import DataError
+
+
+def png(array):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    stream.seek(0)
+    return stream
+
+
+def pixels(index):
+    """Example `index` as the builders below write it: the mask is a trimap of 1, 2 and 3."""
+    image = np.full((20 + index, 30, 3), index, np.uint8)
+    trimap = np.arange(30 * (20 + index), dtype=np.uint8).reshape(20 + index, 30) % 3 + 1
+    return image, trimap
+
+
+class TinyPets(tfds.core.GeneratorBasedBuilder):
+    # TFDS looks for the sources of a builder in a package with importlib_resources, which it does
+    # not require.
+    __module__ = "tiny_pets"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "segmentation_mask": tfds.features.Image(shape=(None, None, 1)),
+            "binary": tfds.features.Image(shape=(None, None, 1)),
+            "grey": tfds.features.Image(shape=(None, None, 1)),
+            "small": tfds.features.Image(shape=(None, None, 1)),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(6), "validation": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for index in range(count):
+            image, trimap = pixels(index)
+            yield (
+                index,
+                {
+                    "image": png(image),
+                    "segmentation_mask": png(trimap),
+                    "binary": png((trimap == 1).astype(np.uint8) * 255),
+                    "grey": png(image[..., 0]),
+                    "small": png(np.zeros((2, 2), np.uint8)),
+                    "label": index % 2,
+                },
+            )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    TinyPets(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def create(root, split="train", **options):
+    defaults = {"dataset": "tiny_pets", "foreground": (1,), "void": (3,)}
+    return data.create("tfds", split, root=root, **(defaults | options))
+
+
+def test_trimap(root):
+    source = create(root)
+    assert len(source) == 6 and source.categories == ("object",)
+    for index in range(6):
+        image, trimap = pixels(index)
+        example = source[index]
+        assert example["image"].dtype == example["mask"].dtype == np.uint8
+        np.testing.assert_array_equal(example["image"], image)
+        np.testing.assert_array_equal(example["mask"], np.choose(trimap - 1, (1, 0, 255)))
+    assert source.sizes() == [(20 + i, 30) for i in range(6)]
+    assert len({source[i]["name"] for i in range(6)}) == 6
+
+
+def test_plain_binary_masks_need_no_mapping(root):
+    source = create(root, mask_key="binary", foreground=())
+    np.testing.assert_array_equal(source[2]["mask"], pixels(2)[1] == 1)
+
+
+def test_grey_images(root):
+    assert create(root, image_key="grey")[3]["image"].shape == (23, 30, 3)
+
+
+def test_splits(root):
+    assert len(create(root, "val")) == len(create(root, "validation")) == 3
+    half = create(root, "train[50%:]")
+    assert len(half) == 3 and half[0]["name"].isascii() and "/" not in half[0]["name"]
+    np.testing.assert_array_equal(half[0]["image"], pixels(3)[0])
+    with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
+        create(root, "test")
+
+
+def test_through_the_loader(root):
+    source = create(root)
+    batches = list(data.eval_batches(source, batch=4, size=(16, 16), num_threads=4))
+    assert [b["image"].shape for b in batches] == [(4, 16, 16, 3)] * 2
+
+
+def test_errors(root):
+    with pytest.raises(DataError, match="no feature 'mask'; it has .*segmentation_mask"):
+        create(root, mask_key="mask")
+    with pytest.raises(DataError, match="no category cat; available: object"):
+        create(root, categories=["cat"])
+    with pytest.raises(DataError, match="example 0: mask values 1, 2, 3 .*name the foreground"):
+        create(root, foreground=())[0]
+    with pytest.raises(DataError, match="example 1: image .21, 30. and mask .2, 2. must have"):
+        create(root, mask_key="small")[1]
+    with pytest.raises(DataError, match="no data set 'none'.*file_format='array_record'"):
+        create(root, dataset="none")
+    with pytest.raises(IndexError):
+        create(root)[6]
+
+
+def test_not_prepared(root, tmp_path):
+    with pytest.raises(DataError, match="not prepared.*data_dir='.*array_record'.*download_and"):
+        create(str(tmp_path), dataset="oxford_iiit_pet")
+
+
+def test_reading_takes_neither_the_builder_nor_tensorflow(root):
+    script = f"""
+import pickle
+import sys
+from jaxseg import data
+source = data.create("tfds", "train", root={root!r}, dataset="tiny_pets", foreground=(1,))
+sent = pickle.loads(pickle.dumps(source))  # as to a worker process
+assert (sent[1]["mask"] == source[1]["mask"]).all()
+assert source.sizes()[1] == (21, 30)
+assert not {{"tensorflow", "torch", "cv2"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
