@@ -9,6 +9,7 @@ Every function takes `form`: "fast" (default; see `pac_fast.py`) or "patches", t
 computed in the guide's dtype, at least float32.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -169,10 +170,9 @@ def pac_upsample_nearest(
     Raises:
       ValueError: if a size, an option or the shape of an array is not allowed.
     """
-    zoom = _pair("factor", factor, 1)
     window = _window(weight_kxkxCxO.shape[:2], 1, padding, dilation)
-    enlarged = jnp.repeat(jnp.repeat(x_BxHxWxC, zoom[0], 1), zoom[1], 2)
-    return _conv(enlarged, guide_BxHoxWoxG, weight_kxkxCxO, bias_O, kernel, centre, window, form)
+    window = dataclasses.replace(window, zoom=_pair("factor", factor, 1))
+    return _conv(x_BxHxWxC, guide_BxHoxWoxG, weight_kxkxCxO, bias_O, kernel, centre, window, form)
 
 
 def smooth_guide(guide_BxHxWxG: jax.Array, weight_kxk: jax.Array | None = None) -> jax.Array:
@@ -208,7 +208,7 @@ def _conv(x, guide, weight, bias, kernel, centre, window, form):
     if bias is not None and bias.shape != weight.shape[3:]:
         raise ValueError(f"bias must have shape {weight.shape[3:]}, got {bias.shape}")
     output = _output_size(window, x.shape[1:3])
-    guide_size = x.shape[1:3] if window.spread is None else output
+    guide_size = output if window.transposed else window.enlarged_size(x.shape[1:3])
     guide, centre = _guides(guide, centre, kernel, guide_size, x)
     y = _form(form).conv(x, guide, centre, weight.astype(x.dtype), kernel, window)
     return y if bias is None else y + bias.astype(y.dtype)
@@ -255,7 +255,7 @@ def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
 def _window(size, stride, padding, dilation) -> Window:
     size, padding = _pair("size", size, 1), _pair("padding", padding, 0)
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    return Window(size, stride, None, dilation, padding, padding)
+    return Window(size, dilation, padding, padding, stride)
 
 
 def _transposed(size, stride, padding, output_padding, dilation) -> Window:
@@ -266,7 +266,7 @@ def _transposed(size, stride, padding, output_padding, dilation) -> Window:
         raise ValueError(f"output_padding is {output_padding}: must be below stride or dilation")
     low = tuple((k - 1) * d - p for k, d, p in zip(size, dilation, padding, strict=True))
     high = tuple(lo + e for lo, e in zip(low, extra, strict=True))
-    return Window(size, (1, 1), stride, dilation, low, high)
+    return Window(size, dilation, low, high, zoom=stride, transposed=True)
 
 
 def _output_size(window: Window, size: tuple[int, int]) -> tuple[int, int]:

@@ -35,80 +35,56 @@ class Kernel:
 GAUSSIAN = Kernel()
 
 
-def distance(neighbour: jax.Array, centre: jax.Array, kernel: Kernel, axis: int) -> jax.Array:
-    """Squared distance of features along `axis`."""
-    difference = neighbour - centre
-    if kernel.asymmetric:
-        difference = jax.nn.relu(difference)
-    return jnp.sum(difference * difference, axis=axis)
+def difference(neighbour: jax.Array, centre: jax.Array, kernel: Kernel) -> jax.Array:
+    """What is squared and summed over channels."""
+    d = neighbour - centre
+    return jax.nn.relu(d) if kernel.asymmetric else d
 
 
-def weigh(d2: jax.Array, kernel: Kernel, valid: jax.Array | None, axis: int) -> jax.Array:
-    """Turns squared distances into kernel values; `axis` runs over taps, `valid` masks them."""
+def similarity(d2: jax.Array, kernel: Kernel) -> jax.Array:
+    """The kernel value, before any normalisation, of a squared distance."""
     if kernel.kind == "gaussian":
-        if not kernel.normalized:
-            return jnp.exp(-0.5 * d2)
-        score = jnp.where(valid, -0.5 * d2, -jnp.inf)
-        peak = jnp.max(score, axis=axis, keepdims=True)
-        value = jnp.exp(score - jax.lax.stop_gradient(jnp.where(jnp.isinf(peak), 0.0, peak)))
-    else:
-        value = kernel.alpha + (d2 + EPSILON) ** (0.5 * kernel.lam)
-        if not kernel.normalized:
-            return value
-        value = jnp.where(valid, value, 0.0)
-    total = jnp.sum(value, axis=axis, keepdims=True)
-    return value / jnp.where(total == 0.0, 1.0, total)
+        return jnp.exp(-0.5 * d2)
+    return kernel.alpha + (d2 + EPSILON) ** (0.5 * kernel.lam)
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Geometry of a k x k window over an image, per dimension (rows, columns).
+    """Geometry of a window sliding over an image, per dimension (rows, columns).
 
-    Output i sees, for tap t, position `i * stride + t * dilation - low` of the input after
-    `spread - 1` zeros were inserted between its pixels.
-    The guide stands on the same grid as the input if `spread` is None, else on the output's.
+    The input is first enlarged by `zoom`: with zeros in between if `transposed`, else by repeating
+    pixels. Output i then sees, for tap t, position `i * stride + t * dilation - low`.
+    The guide is as large as the output if `transposed`, else as the enlarged input.
     """
 
     size: tuple[int, int]
-    stride: tuple[int, int]
-    spread: tuple[int, int] | None
     dilation: tuple[int, int]
     low: tuple[int, int]
     high: tuple[int, int]
-
-    @property
-    def zoom(self) -> tuple[int, int]:
-        """Output pixels per input pixel when transposed, else 1."""
-        return self.spread or (1, 1)
-
-    @property
-    def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return tuple(zip(self.low, self.high, strict=True))
+    stride: tuple[int, int] = (1, 1)
+    zoom: tuple[int, int] = (1, 1)
+    transposed: bool = False
 
     @property
     def guide_low(self) -> tuple[int, int]:
-        """Padding of the guide before its first pixel: centres it when it has the output's size."""
-        if self.spread is None:
+        """Zeros before the guide's first pixel: they centre it where it is as large as the output."""
+        if not self.transposed:
             return self.low
         return tuple(k // 2 * d for k, d in zip(self.size, self.dilation, strict=True))
 
     @property
     def guide_high(self) -> tuple[int, int]:
-        if self.spread is None:
+        if not self.transposed:
             return self.high
-        extents = zip(self.size, self.dilation, self.guide_low, strict=True)
-        return tuple((k - 1) * d - low for k, d, low in extents)
+        return tuple((k - 1) // 2 * d for k, d in zip(self.size, self.dilation, strict=True))
 
-    @property
-    def guide_padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        return tuple(zip(self.guide_low, self.guide_high, strict=True))
+    def enlarged_size(self, input_size: tuple[int, int]) -> tuple[int, int]:
+        gap = 1 if self.transposed else 0
+        return tuple((n - gap) * z + gap for n, z in zip(input_size, self.zoom, strict=True))
 
     def output_size(self, input_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the output; may be less than 1, which the caller must refuse."""
-        return tuple(
-            ((n - 1) * z + 1 + low + high - (k - 1) * d - 1) // s + 1
-            for n, z, low, high, k, d, s in zip(
-                input_size, self.zoom, self.low, self.high,
-                self.size, self.dilation, self.stride, strict=True,
-            )
-        )  # fmt: skip
+        sizes = zip(self.enlarged_size(input_size), self.low, self.high, strict=True)
+        padded = [n + low + high for n, low, high in sizes]
+        windows = zip(padded, self.size, self.dilation, self.stride, strict=True)
+        return tuple((n - (k - 1) * d - 1) // s + 1 for n, k, d, s in windows)

@@ -9,8 +9,6 @@ The checksum is our own because a flipped byte inside a data file is not noticed
 """
 
 import logging
-
-log = logging.getLogger(__name__)
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+
+log = logging.getLogger(__name__)
 
 # The two latest, so that there is one to fall back on, and the best by this metric.
 _KEEP_LATEST = 2
