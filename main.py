@@ -25,21 +25,21 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a wrong config key or value ends the program with one clear line."""
     from jaxseg import config as checks
 
-    rest = [a for a in argv if not a.startswith(("--config.", "-config."))]
     try:
-        remaining = flags.FLAGS(rest)
-        if _CONFIG.value is not None:
-            checks.check_overrides(argv, _CONFIG.value)
-            flags.FLAGS.unparse_flags()
-            remaining = flags.FLAGS(argv)
+        # The config alone first, so that its overrides can be checked against it.
+        base = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", None, flag_values=base)
+        base([a for a in argv if not a.startswith(("--config.", "-config."))], known_only=True)
+        if holder.value is not None:
+            checks.check_overrides(argv, holder.value)
+        return flags.FLAGS(argv)
     except (flags.Error, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    return remaining
 
 
 def _log_to_terminal() -> None:
-    """Shows warnings, and of our own messages also the informative ones."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    """Shows warnings and our own messages, without the chatter of absl (Orbax, Grain)."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("jaxseg").setLevel(logging.INFO)
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -45,7 +46,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
       DataError: if the file is missing, truncated, no image, or of float pixels.
     """
-    return _read(path, _to_rgb)
+    return _read(path, to_rgb)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -54,7 +55,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
       DataError: if the file is missing or has no image header.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
@@ -77,7 +78,7 @@ def read_mask(
     Raises:
       DataError: if the file is unreadable or holds other values.
     """
-    raw = _read(path, lambda image: _to_values(image, path))
+    raw = _read(path, lambda image: to_values(image, path))
     return binary_mask(raw, path, values=values, threshold=threshold)
 
 
@@ -145,17 +146,20 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
 
 def _read(path, convert) -> np.ndarray:
     """Opens, turns upright and converts; whatever goes wrong on the way names the file."""
-    with _opened(path) as image:
+    with opened(path) as image:
         turn = _TRANSPOSES.get(_orientation(image))
         return convert(image if turn is None else image.transpose(turn))
 
 
 @contextlib.contextmanager
-def _opened(path) -> Iterator[Image.Image]:
-    """`Image.open` whose errors, and those of decoding in the block, are `DataError`s."""
+def opened(path: str | os.PathLike, stream: IO[bytes] | None = None) -> Iterator[Image.Image]:
+    """Opens an image so that all errors, also of decoding in the block, are `DataError`s.
+
+    `path` is the file, or the name in messages of what the `stream` holds.
+    """
     try:
         # A stream: of a name, Pillow 13 maps raw TIFFs to memory, and garbles those to be turned.
-        with open(path, "rb") as file, Image.open(file) as image:
+        with stream or open(path, "rb") as file, Image.open(file) as image:
             yield image
     except DataError:
         raise
@@ -176,7 +180,8 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Decodes what `opened` gave, as `read_image` says, but as it is stored (maybe not upright)."""
     if image.mode == "F":
         raise ValueError("float pixels have no known range; allowed are 8-bit and 16-bit")
     if image.mode.startswith("I"):
@@ -188,8 +193,8 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _to_values(image: Image.Image, path) -> np.ndarray:
-    """The numbers a mask stores: HxW of the first channel, or palette indices."""
+def to_values(image: Image.Image, path) -> np.ndarray:
+    """Decodes the numbers that a mask stores: HxW of the first channel, or palette indices."""
     if image.mode.startswith("I"):
         raw = _sixteen_bit(image)
         return raw // 257 if 65535 in raw and not np.any(raw % 257) else raw

@@ -2,13 +2,13 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from jaxseg.data.images import VOID, DataError, binary_mask
+from jaxseg.data.images import VOID, DataError, binary_mask, opened, to_rgb, to_values
 
 _PREPARE = (
     "prepare it once with tfds.builder({name!r}, data_dir={root!r}, "
@@ -18,6 +18,8 @@ _PREPARE = (
 
 class Tfds:
     """Image and binary mask of any TFDS data set that has both; there is one category, "object".
+
+    As in TFDS itself, images are not turned by their EXIF orientation.
 
     Args:
       split: a split of the data set, or a slice as "train[:80%]". "val" also finds "validation".
@@ -59,13 +61,7 @@ class Tfds:
         splits = builder.info.splits
         if split == "val" and "val" not in splits and "validation" in splits:
             split = "validation"
-        others = [
-            key
-            for key, feature in features.items()
-            if isinstance(feature, tfds.features.Image) and key not in (image_key, mask_key)
-        ]
-        self._examples = _open(builder, dataset, root, split, skip=others)
-        self._encoded = _open(builder, dataset, root, split, skip=[*others, image_key, mask_key])
+        self._examples = _open(builder, dataset, split)
         self._where = f"{dataset}/{split}"
         self._image_key, self._mask_key = image_key, mask_key
         self._foreground, self._void = tuple(foreground), tuple(void)
@@ -78,11 +74,9 @@ class Tfds:
         where = f"{self._where} example {index}"
         if not 0 <= index < len(self):
             raise IndexError(f"{where}: there are {len(self)}")
-        try:
-            example = self._examples[int(index)]
-        except Exception as error:
-            raise DataError(f"{where}: cannot be decoded ({error})") from error
-        image, mask = _rgb(example[self._image_key], where), self._mask(example, where)
+        example = self._examples[int(index)]
+        image = _rgb(example[self._image_key], f"{where} {self._image_key}")
+        mask = self._mask(example[self._mask_key], f"{where} {self._mask_key}")
         if image.shape[:2] != mask.shape:
             raise DataError(
                 f"{where}: image {image.shape[:2]} and mask {mask.shape} must have the same size"
@@ -92,17 +86,18 @@ class Tfds:
 
     def sizes(self) -> list[tuple[int, int]]:
         """Returns every (height, width), from the image headers."""
-        return [self._size(index) for index in range(len(self))]
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(self._size, range(len(self))))
 
     def _size(self, index: int) -> tuple[int, int]:
-        encoded = self._encoded[index][self._image_key]
-        if not isinstance(encoded, bytes):  # a tensor feature, which has no header
-            return tuple(np.shape(encoded)[:2])
-        with Image.open(io.BytesIO(encoded)) as image:
+        stored = self._examples[index][self._image_key]
+        if not isinstance(stored, bytes):  # a tensor feature, which has no header
+            return tuple(np.shape(stored)[:2])
+        with opened(f"{self._where} example {index}", io.BytesIO(stored)) as image:
             return image.height, image.width
 
-    def _mask(self, example: dict, where: str) -> np.ndarray:
-        raw = np.asarray(example[self._mask_key])
+    def _mask(self, stored: bytes | np.ndarray, where: str) -> np.ndarray:
+        raw = _decoded(stored, lambda image: to_values(image, where), where)
         raw = raw[..., 0] if raw.ndim == 3 else raw
         if not self._foreground:
             try:
@@ -128,8 +123,14 @@ def _prepared(dataset: str, root: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _open(builder, dataset: str, root: str, split: str, *, skip: Sequence[str]):
-    """A random-access view of the split that leaves the features `skip` encoded."""
+def _open(builder: tfds.core.DatasetBuilder, dataset: str, split: str):
+    """A random-access view of a split, with images as they are stored.
+
+    TFDS's own decoder uses OpenCV or Pillow, whichever there is, and has Pillow accept truncated
+    images from then on.
+    """
+    features = builder.info.features
+    skip = [key for key in features if isinstance(features[key], tfds.features.Image)]
     decoders = {key: tfds.decode.SkipDecoding() for key in skip}
     try:
         return builder.as_data_source(split=split, decoders=decoders or None)
@@ -144,11 +145,17 @@ def _open(builder, dataset: str, root: str, split: str, *, skip: Sequence[str]):
         ) from error
 
 
-def _rgb(image: np.ndarray, where: str) -> np.ndarray:
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+def _decoded(stored: bytes | np.ndarray, convert: Callable, where: str) -> np.ndarray:
+    if not isinstance(stored, bytes):
+        return np.asarray(stored)
+    with opened(where, io.BytesIO(stored)) as image:
+        return convert(image)
+
+
+def _rgb(stored: bytes | np.ndarray, where: str) -> np.ndarray:
+    image = _decoded(stored, to_rgb, where)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
         raise DataError(
-            f"{where}: image is {image.dtype} {image.shape}; allowed is uint8 HxWxC with 1, 3 or 4 "
-            "channels (the fourth, alpha, is dropped)"
+            f"{where}: is {image.dtype} {image.shape}; allowed is uint8 HxWxC with 1 or 3 channels"
         )
-    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image

@@ -96,24 +96,66 @@ class LayerScale(nn.Module):
         return x_BxNxD * gamma.astype(self.dtype)
 
 
+# A CPU core's share of cache: attention logits are made and used up in pieces of this many bytes.
+_PIECE_BYTES = 2**21
+_PIECEWISE_FROM = 400  # Tokens: shorter sequences are faster whole.
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention of [B, heads, N, d], scaled queries; logits and sums in float32."""
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    # Dividing the product by the sum, not the [N, N] weights, saves a pass over the largest array.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    out = jnp.einsum(
+        "bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def _attend_in_pieces(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`_attend`, one head and some queries at a time; the batch stays whole, so it may be sharded."""
+    b, heads, n, d = q.shape
+    batch = b if isinstance(b, int) else 1  # `jax.export` may leave the batch symbolic.
+    pieces = -(-n // max(16, _PIECE_BYTES // (4 * batch * n)))
+    size = -(-n // pieces)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, pieces * size - n), (0, 0)))
+    q = q.reshape(b, heads, pieces, 1, size, d).transpose(1, 2, 0, 3, 4, 5)
+    k, v = (jnp.moveaxis(x, 1, 0)[:, :, None] for x in (k, v))
+
+    def head(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        pieces_q, head_k, head_v = args
+        return jax.lax.map(lambda piece_q: _attend(piece_q, head_k, head_v), pieces_q)
+
+    out = jax.lax.map(head, (q, k, v))
+    return out.transpose(2, 0, 3, 1, 4, 5).reshape(b, heads, pieces * size, d)[:, :, :n]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in float32."""
+    """Multi-head self-attention."""
 
     heads: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the output [B, N, D] and the attention [B, heads, N, N] (query, key)."""
+    def __call__(
+        self, x_BxNxD: jax.Array, *, with_weights: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the output [B, N, D] and, if asked, the weights [B, heads, N, N], float32."""
         b, n, dim = x_BxNxD.shape
         qkv = nn.Dense(3 * dim, dtype=self.dtype, kernel_init=_weight_init, name="qkv")(x_BxNxD)
         qkv = qkv.reshape(b, n, 3, self.heads, dim // self.heads)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * (dim // self.heads) ** -0.5, axis=-1)
-        out = jnp.einsum("bhqk,bhkd->bqhd", weights.astype(self.dtype), v).reshape(b, n, dim)
+        q = q * (dim // self.heads) ** -0.5
+        if n < _PIECEWISE_FROM:
+            out = _attend(q, k, v)
+        else:
+            out = jax.lax.platform_dependent(q, k, v, cpu=_attend_in_pieces, default=_attend)
+        out = jnp.swapaxes(out, 1, 2).reshape(b, n, dim)
         out = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(out)
-        return out, weights
+        if not with_weights:
+            return out, None
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+        return out, jax.nn.softmax(logits, axis=-1)
 
 
 class Mlp(nn.Module):
@@ -138,17 +180,20 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the tokens [B, N, D] and the block's attention [B, heads, N, N]."""
+    def __call__(
+        self, x_BxNxD: jax.Array, *, with_weights: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the tokens [B, N, D] and, if asked, the attention weights [B, heads, N, N]."""
         v = self.variant
-        y, attention = Attention(v.heads, self.dtype, name="attn")(
-            nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x_BxNxD)
+        y, weights = Attention(v.heads, self.dtype, name="attn")(
+            nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x_BxNxD),
+            with_weights=with_weights,
         )
         x = x_BxNxD + (LayerScale(self.dtype, name="ls1")(y) if v.layerscale else y)
         y = Mlp(v.mlp_ratio, self.dtype, name="mlp")(
             nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
         )
-        return x + (LayerScale(self.dtype, name="ls2")(y) if v.layerscale else y), attention
+        return x + (LayerScale(self.dtype, name="ls2")(y) if v.layerscale else y), weights
 
 
 class PatchEmbed(nn.Module):
@@ -207,7 +252,9 @@ class ViT(nn.Module):
         norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
         kept = {}
         for i in range(v.depth):
-            x, weights = Block(v, self.dtype, name=f"blocks_{i}")(x)
+            x, weights = Block(v, self.dtype, name=f"blocks_{i}")(
+                x, with_weights=attention and i == v.depth - 1
+            )
             if i in wanted.values():
                 kept[i] = norm(x)
         x = norm(x)

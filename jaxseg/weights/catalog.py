@@ -45,7 +45,9 @@ CATALOG: dict[str, Entry] = {
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Returns `cache_dir`, else `$JAXSEG_CACHE`, else `~/.cache/jaxseg/weights`."""
-    return Path(cache_dir or os.environ.get("JAXSEG_CACHE") or "~/.cache/jaxseg/weights").expanduser()
+    return Path(
+        cache_dir or os.environ.get("JAXSEG_CACHE") or "~/.cache/jaxseg/weights"
+    ).expanduser()
 
 
 def fetch(name: str, *, cache_dir: str | Path | None = None) -> Path:

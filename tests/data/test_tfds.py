@@ -5,10 +5,12 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, ImageFile
 
 from jaxseg import data
 from jaxseg.data import DataError
+
+TRUNCATED = 5  # of the feature "damaged"
 
 
 def png(array):
@@ -38,6 +40,8 @@ class TinyPets(tfds.core.GeneratorBasedBuilder):
             "binary": tfds.features.Image(shape=(None, None, 1)),
             "grey": tfds.features.Image(shape=(None, None, 1)),
             "small": tfds.features.Image(shape=(None, None, 1)),
+            "damaged": tfds.features.Image(shape=(None, None, 3)),
+            "tensor": tfds.features.Tensor(shape=(4, 6, 1), dtype=np.uint8),
             "label": tfds.features.ClassLabel(names=["cat", "dog"]),
         }
         return tfds.core.DatasetInfo(
@@ -50,6 +54,9 @@ class TinyPets(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for index in range(count):
             image, trimap = pixels(index)
+            damaged = png(np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8))
+            if index == TRUNCATED:
+                damaged.truncate(4000)
             yield (
                 index,
                 {
@@ -58,6 +65,8 @@ class TinyPets(tfds.core.GeneratorBasedBuilder):
                     "binary": png((trimap == 1).astype(np.uint8) * 255),
                     "grey": png(image[..., 0]),
                     "small": png(np.zeros((2, 2), np.uint8)),
+                    "damaged": damaged,
+                    "tensor": np.full((4, 6, 1), index % 2, np.uint8),
                     "label": index % 2,
                 },
             )
@@ -97,6 +106,22 @@ def test_grey_images(root):
     assert create(root, image_key="grey")[3]["image"].shape == (23, 30, 3)
 
 
+def test_tensor_features(root):
+    source = create(root, image_key="tensor", mask_key="tensor", void=())
+    assert source.sizes() == [(4, 6)] * 6
+    assert source[1]["image"].shape == (4, 6, 3) and source[1]["mask"].all()
+    assert not source[2]["mask"].any()
+
+
+def test_truncated_images_are_errors(root):
+    """TFDS's own decoder would show them half grey, and make Pillow accept others too."""
+    source = create(root, image_key="damaged", mask_key="damaged", foreground=(1,))
+    assert source[TRUNCATED - 1]["image"].shape == (50, 50, 3)
+    with pytest.raises(DataError, match="train example 5 damaged: cannot be read as an image"):
+        source[TRUNCATED]
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
 def test_splits(root):
     assert len(create(root, "val")) == len(create(root, "validation")) == 3
     half = create(root, "train[50%:]")
@@ -117,7 +142,9 @@ def test_errors(root):
         create(root, mask_key="mask")
     with pytest.raises(DataError, match="no category cat; available: object"):
         create(root, categories=["cat"])
-    with pytest.raises(DataError, match="example 0: mask values 1, 2, 3 .*name the foreground"):
+    with pytest.raises(
+        DataError, match="example 0 segmentation_mask: mask values 1, 2, 3 .*name the foreground"
+    ):
         create(root, foreground=())[0]
     with pytest.raises(DataError, match="example 1: image .21, 30. and mask .2, 2. must have"):
         create(root, mask_key="small")[1]
