@@ -50,10 +50,11 @@ class Backbone:
         return cls(loaded.variant, loaded.digest, loaded.params)
 
 
-def is_frozen(config: ml_collections.ConfigDict) -> bool:
-    """Whether the backbone keeps its parameters."""
+def frozen_paths(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Prefixes of the parameters that keep their values."""
     choice = config.backbone.train
-    return choice == "none" or (choice == "auto" and bool(config.backbone.weights))
+    frozen = choice == "none" or (choice == "auto" and bool(config.backbone.weights))
+    return ("backbone",) if frozen else ()
 
 
 def make_model(config: ml_collections.ConfigDict, variant: Variant) -> Segmenter:
@@ -101,13 +102,13 @@ def make_task(
 
 
 def make_params(
-    task: SegmentationTask, backbone: Backbone, *, seed: int, frozen: bool
+    task: SegmentationTask, backbone: Backbone, config: ml_collections.ConfigDict
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Initial (trained, frozen) parameters as host arrays, equal on every process."""
-    params = jax.device_get(jax.jit(task.init)(jax.random.key(seed)))
+    params = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
     if backbone.params is not None:
         params = {**params, "backbone": backbone.params}
-    return split_params(params, ("backbone",) if frozen else ())
+    return split_params(params, frozen_paths(config))
 
 
 class Reader:
@@ -117,8 +118,8 @@ class Reader:
       config: the run's config.
       task: says the size of the images, and computes the features.
       source: what to read.
-      backbone_params: host parameters of a frozen backbone, or None if it is trained.
-      digest: identifies those parameters.
+      frozen: host arrays of the frozen parameters, without `backbone` if that is trained.
+      digest: identifies them.
       train: whether the config's augmentation applies.
     """
 
@@ -128,7 +129,7 @@ class Reader:
         task: SegmentationTask,
         source: sources.Source,
         *,
-        backbone_params: Mapping[str, Any] | None,
+        frozen: Mapping[str, Any],
         digest: str,
         train: bool,
     ):
@@ -137,9 +138,9 @@ class Reader:
         # A flip is the one change that leaves a finite set of images to compute features of.
         only_flips = dataclasses.replace(augment, flip=0.0) == Augmentation()
         features = None
-        if backbone_params is not None and only_flips:
+        if "backbone" in frozen and only_flips:
             orientations = 2 if augment.flip else 1
-            features = self._make_cache(task, source, backbone_params, digest, orientations)
+            features = self._make_cache(task, source, frozen["backbone"], digest, orientations)
         self.cached = features is not None
         self.augmentation = None if self.cached or augment == Augmentation() else augment
         self._source = PreparedSource(
@@ -219,7 +220,9 @@ def make_augmentation(config: ml_collections.ConfigDict) -> Augmentation:
 
 
 def params_digest(params: Mapping[str, Any]) -> str:
-    """sha256 over the bytes of all tensors in the order of their paths."""
+    """sha256 over the bytes of all tensors in the order of their paths; empty without any."""
+    if not jax.tree.leaves(params):
+        return ""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())

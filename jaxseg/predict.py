@@ -50,8 +50,7 @@ class Predictor:
         self._task, self._stride = run.task, run.task.model.stride
         # Images come one by one and in any shape, so one device does the work.
         self._device = jax.local_devices()[0]
-        host = jax.jit(lambda x: x, out_shardings=_everywhere(run))(run.params)
-        self._params = jax.device_put(jax.device_get(host), self._device)
+        self._params = jax.device_put(run.host(run.params), self._device)
         self._apply = jax.jit(self._probability)
 
     def _probability(self, params, image_HxWx3):
@@ -66,10 +65,6 @@ class Predictor:
         chance = self._apply(self._params, jax.device_put(np.asarray(small), self._device))
         chance = Image.fromarray(np.asarray(chance, np.float32))
         return np.asarray(chance.resize((width, height), Image.Resampling.BILINEAR))
-
-
-def _everywhere(run: Run):
-    return jax.sharding.NamedSharding(run.mesh, jax.sharding.PartitionSpec())
 
 
 def output_names(paths: list[Path]) -> list[str]:
@@ -113,9 +108,9 @@ def predict(workdir: Path, inputs: str, outputs: Path, overrides: Mapping[str, A
       DataError: there are no images, or at the end if some could not be read.
     """
     paths = list_images(inputs)
-    predictor = Predictor(restore(workdir, overrides))
+    run = restore(workdir, overrides)
+    predictor = Predictor(run)
     outputs.mkdir(parents=True, exist_ok=True)
-    threshold = predictor._task.threshold
     written, failed = [], []
     progress = Progress("predict", len(paths))
     for number, (path, name) in enumerate(zip(paths, output_names(paths), strict=True), 1):
@@ -125,7 +120,7 @@ def predict(workdir: Path, inputs: str, outputs: Path, overrides: Mapping[str, A
             log.warning("%s", error)
             failed.append(path)
             continue
-        mask = predictor(image) >= threshold
+        mask = predictor(image) >= run.task.threshold
         written.append(outputs / f"{name}_mask.png")
         write_mask(written[-1], mask)
         write_image(outputs / f"{name}_overlay.jpg", overlay(image, mask))

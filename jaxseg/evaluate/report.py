@@ -158,22 +158,39 @@ def _table(result: Mapping[str, Any]) -> str:
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
-def write_page(
+def write(
     folder: Path,
     *,
     title: str,
     result: Mapping[str, Any],
-    figures: Mapping[str, str],
+    metrics: Sequence[Mapping[str, float]],
+    examples: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
     config: str,
 ) -> None:
-    """Writes `index.html`: the table, the figures (file name to caption), and the config."""
+    """Writes the figures and `index.html`.
+
+    Args:
+      folder: is created.
+      title: of the page.
+      result: what `eval.json` holds.
+      metrics: the rows of `metrics.jsonl`.
+      examples: see `plot_examples`.
+      config: is shown as it is.
+    """
+    captions = {}
+    if plot_curves(metrics, folder / "curves.png"):
+        captions["curves.png"] = "Training"
+    plot_examples(examples, folder / "examples.png")
+    captions["examples.png"] = "Best, median and worst images (orange: missed, blue: wrongly taken)"
+    plot_categories(result, folder / "categories.png")
+    captions["categories.png"] = "Foreground IoU by category"
     pictures = "".join(
         f'<h2>{html.escape(caption)}</h2><img src="{name}" alt="{html.escape(caption)}">'
-        for name, caption in figures.items()
+        for name, caption in captions.items()
     )
-    facts = f"<p>Split <code>{result['split']}</code>, step {result['step']}.</p>"
     body = (
-        f"<h1>{html.escape(title)}</h1>{facts}{_table(result)}{pictures}"
-        f"<h2>Config</h2><pre>{html.escape(config)}</pre>"
+        f"<h1>{html.escape(title)}</h1>"
+        f"<p>Split <code>{result['split']}</code>, step {result['step']}.</p>{_table(result)}"
+        f"{pictures}<h2>Config</h2><pre>{html.escape(config)}</pre>"
     )
     (folder / "index.html").write_text(_PAGE.format(title=html.escape(title), body=body))

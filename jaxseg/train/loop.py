@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,126 +111,136 @@ def make_train_step(
     return step
 
 
-class _Pending:
-    """Losses that are still on the device; reading them would make the host wait every step."""
+class _PendingLosses:
+    """Losses still on the device: reading each at once would make the host wait every step."""
 
-    def __init__(self, checkpointer: Checkpointer):
+    def __init__(self):
         self._losses: list[tuple[int, jax.Array]] = []
-        self._checkpointer = checkpointer
 
     def add(self, step: int, loss: jax.Array) -> None:
         self._losses.append((step, loss))
 
-    def check(self) -> None:
+    def check(self, saved_steps: Sequence[int]) -> None:
+        """Raises NonFiniteLossError for the first loss since the last check that is not finite."""
         values = jax.device_get([loss for _, loss in self._losses])
-        bad = [(s, v) for (s, _), v in zip(self._losses, values, strict=True) if not np.isfinite(v)]
+        steps = [step for step, _ in self._losses]
         self._losses.clear()
-        if bad:
-            good = self._checkpointer.steps()
-            last = (
-                f"the last good checkpoint is step {good[-1]}"
-                if good
-                else "no checkpoint is saved yet"
-            )
-            raise NonFiniteLossError(
-                f"the loss is {bad[0][1]} at step {bad[0][0]}; {last}. Lower config.optim.lr or set "
-                "config.optim.clip_norm."
-            )
+        for step, value in zip(steps, values, strict=True):
+            if not np.isfinite(value):
+                good = f"step {saved_steps[-1]}" if saved_steps else "none, nothing was saved yet"
+                raise NonFiniteLossError(
+                    f"the loss is {value} at step {step}; last good checkpoint: {good}. Lower "
+                    "config.optim.lr, or set config.optim.clip_norm"
+                )
 
 
-def train(
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    params: Mapping[str, Any],
-    frozen: Mapping[str, Any],
-    *,
-    mesh: Mesh,
-    layout: str,
-    batches: Callable[[int, int], Iterator[Mapping[str, np.ndarray]]],
-    batch_size: int,
-    schedule: Schedule,
-    learning_rate: optax.Schedule,
-    seed: int,
-    workdir: Path,
-    evaluate: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None,
-) -> TrainState:
-    """Trains from the newest checkpoint in `workdir`, else from `params`, to `schedule.steps`.
+@dataclasses.dataclass
+class Trainer:
+    """Trains a task from the newest checkpoint of a workdir, else from given parameters.
 
-    Args:
+    Attributes:
       task: what is learned.
-      optimizer: over `params`.
-      params: initial trained parameters, equal on every process.
-      frozen: parameters that never change, placed on the mesh.
+      optimizer: over the trained parameters.
+      learning_rate: by step, for the log.
+      schedule: length and intervals.
       mesh, layout: see `partition`.
       batches: `batches(start, stop)` gives this process's share of the batches of those steps.
       batch_size: images in a global batch, for the images/s.
-      schedule: lengths and intervals.
-      learning_rate: for the log.
       seed: of augmentation and dropout.
       workdir: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
-      evaluate: scores parameters on validation data; decides which checkpoint is the best.
-
-    Returns:
-      The state after the last step; it is saved.
-
-    Raises:
-      NonFiniteLossError: naming the step and the last good checkpoint.
-      Interrupted: after SIGTERM, once the state is saved.
+      evaluate: scores a state on validation data, which picks the best checkpoint; or None.
     """
-    state = make_state(params, optimizer, schedule.average)
-    shardings = partition.tree_sharding(mesh, state, layout)
-    state = partition.put_tree(state, shardings)
-    checkpointer = Checkpointer(workdir)
-    restored = checkpointer.restore(state)
-    start = 0
-    if restored is not None:
-        state, start = restored
-        if start < schedule.steps:
-            log.info("resuming at step %d of %d", start, schedule.steps)
-    step_fn = jax.jit(
-        make_train_step(task, optimizer, seed=seed, average=schedule.average),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    writer = MetricWriter(workdir, start_step=start)
-    progress = Progress("train", schedule.steps, start=start, unit_images=batch_size)
-    pending = _Pending(checkpointer)
-    try:
+
+    task: Task
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    schedule: Schedule
+    mesh: Mesh
+    layout: str
+    batches: Callable[[int, int], Iterator[Mapping[str, np.ndarray]]]
+    batch_size: int
+    seed: int
+    workdir: Path
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
+
+    def run(self, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> TrainState:
+        """Runs all steps that are left.
+
+        Args:
+          params: initial trained parameters, host arrays, equal on every process.
+          frozen: parameters that never change, placed on the mesh.
+
+        Returns:
+          The state after the last step; it is saved.
+
+        Raises:
+          NonFiniteLossError: naming the step and the last good checkpoint.
+          Interrupted: after SIGTERM, once the state is saved.
+        """
+        state = make_state(params, self.optimizer, self.schedule.average)
+        shardings = partition.tree_sharding(self.mesh, state, self.layout)
+        state = partition.put_tree(state, shardings)
+        self._checkpointer = Checkpointer(self.workdir)
+        self._losses = _PendingLosses()
+        try:
+            state, start = self._checkpointer.restore(state) or (state, 0)
+            if 0 < start < self.schedule.steps:
+                log.info("resuming at step %d of %d", start, self.schedule.steps)
+            self._writer = MetricWriter(self.workdir, start_step=start)
+            self._progress = Progress(
+                "train", self.schedule.steps, start=start, unit_images=self.batch_size
+            )
+            step_fn = make_train_step(
+                self.task, self.optimizer, seed=self.seed, average=self.schedule.average
+            )
+            step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+            if start < self.schedule.steps:
+                state = self._steps(step_fn, state, frozen, start)
+            self._checkpointer.wait()
+            self._progress.close()
+            self._writer.close()
+        finally:
+            self._checkpointer.close()
+        return state
+
+    def _steps(self, step_fn, state: TrainState, frozen, start: int) -> TrainState:
         with StopSignal() as stop:
-            stream = batches(start, schedule.steps) if start < schedule.steps else ()
-            for step, host_batch in enumerate(stream, start + 1):
-                batch = partition.put_batch(mesh, host_batch)
+            for step, batch in enumerate(self.batches(start, self.schedule.steps), start + 1):
+                batch = partition.put_batch(self.mesh, batch)
+                # What is left to transfer here would be a mistake: a copy in every step.
                 with jax.transfer_guard("disallow"):
                     state, scalars = step_fn(state, frozen, batch)
-                pending.add(step, scalars["loss"])
-                last = step == schedule.steps
+                self._losses.add(step, scalars["loss"])
+                self._after_step(step, state, scalars, stopping=stop.raised(step))
+        return state
 
-                def due(every: int, step=step, last=last) -> bool:
-                    return bool(every) and (step % every == 0 or last)
+    def _after_step(self, step: int, state: TrainState, scalars, *, stopping: bool) -> None:
+        last = step == self.schedule.steps
 
-                if due(schedule.log_every) or step == 1:
-                    pending.check()
-                    values = {k: float(v) for k, v in jax.device_get(scalars).items()}
-                    values["learning_rate"] = float(learning_rate(step - 1))
-                    values["images_per_second"] = round(progress.images_per_second, 2)
-                    values["time"] = round(time.time(), 3)
-                    writer.write(step, values)
-                    progress.update(step, f"loss {values['loss']:.4f}")
-                metrics = None
-                if evaluate is not None and due(schedule.eval_every):
-                    pending.check()
-                    metrics = evaluate(state)
-                    writer.write(step, {f"val_{k}": v for k, v in metrics.items() if v is not None})
-                stopping = stop.raised(step) and not last
-                if last or metrics or stopping or due(schedule.checkpoint_every):
-                    pending.check()
-                    checkpointer.save(state, step, metrics)
-                if stopping:
-                    checkpointer.wait()
-                    raise Interrupted(f"stopped by SIGTERM at step {step}; the state is saved")
-        checkpointer.wait()
-    finally:
-        progress.close()
-        writer.close()
-        checkpointer.close()
-    return state
+        def due(every: int) -> bool:
+            return bool(every) and (step % every == 0 or last)
+
+        evaluating = self.evaluate is not None and due(self.schedule.eval_every)
+        saving = last or stopping or evaluating or due(self.schedule.checkpoint_every)
+        logging_now = step == 1 or due(self.schedule.log_every)
+        if saving or logging_now:
+            self._losses.check(self._checkpointer.steps())
+        if logging_now:
+            self._log(step, jax.device_get(scalars))
+        metrics = None
+        if evaluating:
+            metrics = self.evaluate(state)
+            self._writer.write(step, {f"val_{k}": v for k, v in metrics.items()})
+        if saving:
+            self._checkpointer.save(state, step, metrics)
+        if stopping and not last:
+            self._checkpointer.wait()
+            raise Interrupted(f"stopped by SIGTERM at step {step}: the state is saved")
+
+    def _log(self, step: int, scalars: Mapping[str, np.ndarray]) -> None:
+        self._progress.update(step, f"loss {scalars['loss']:.4f}")
+        values = {k: float(v) for k, v in scalars.items()}
+        values["learning_rate"] = float(self.learning_rate(step - 1))
+        values["images_per_second"] = round(self._progress.images_per_second, 2)
+        values["time"] = round(time.time(), 3)
+        self._writer.write(step, values)

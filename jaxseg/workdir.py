@@ -1,0 +1,119 @@
+"""The folder of a run: what it holds, and whether a call fits what is in it.
+
+config.json      the config
+model.json       what the config alone does not say: the ViT's shape, the image size, categories
+checkpoints/     the state at some steps            frozen/     parameters that never change
+metrics.jsonl    one object for each logged step    tensorboard/
+eval.json        the scores                         report/     pictures
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from jaxseg.config import ConfigError, check_same_run, validate
+from jaxseg.models.vit import Variant
+from jaxseg.train.writers import write_json
+
+# Evaluation and prediction take these sections as they were trained.
+_MODEL_SECTIONS = ("task", "backbone", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `model.json` holds.
+
+    Attributes:
+      variant: the backbone's shape.
+      size: (H, W) of the training images.
+      categories: of the training data.
+      frozen_sha256: of the frozen parameters; empty where all are trained.
+    """
+
+    variant: Variant
+    size: tuple[int, int]
+    categories: tuple[str, ...]
+    frozen_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Description":
+        return cls(
+            Variant(**value["variant"]),
+            tuple(value["size"]),
+            tuple(value["categories"]),
+            value["frozen_sha256"],
+        )
+
+
+def begin(workdir: Path, config: ml_collections.ConfigDict, description: Description) -> None:
+    """Writes `config.json` and `model.json`, or checks that a run to be resumed is the same.
+
+    Raises:
+      ConfigError: the folder cannot be written, or holds another run.
+    """
+    if (workdir / "config.json").exists():
+        check_same_run(_read(workdir / "config.json"), config.to_dict(), workdir)
+    new = description.to_json()
+    if (workdir / "model.json").exists():
+        old = _read(workdir / "model.json")
+        differ = [f"  {k}: {old.get(k)} there, {new[k]} now" for k in new if old.get(k) != new[k]]
+        if differ:
+            lines = "\n".join(differ)
+            raise ConfigError(f"{workdir} holds a run with another model or data:\n{lines}")
+    if jax.process_index() != 0:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "model.json", new)
+        write_json(workdir / "config.json", config.to_dict())
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error}") from error
+
+
+def load(
+    workdir: Path, overrides: Mapping[str, Any]
+) -> tuple[ml_collections.ConfigDict, Description]:
+    """Reads the config of a run, with overrides, and the description of its model.
+
+    Args:
+      workdir: the run's folder.
+      overrides: `{"data.root": value}` of values that replace the stored ones.
+
+    Raises:
+      ConfigError: there is no run, or an override is not allowed or changes the model.
+    """
+    if not (workdir / "config.json").exists():
+        raise ConfigError(f"--workdir={workdir} holds no run: config.json is missing")
+    stored = _read(workdir / "config.json")
+    config = _with_tuples(stored)
+    config.update_from_flattened_dict(dict(overrides))
+    validate(config)
+    before, after = ({k: c[k] for k in _MODEL_SECTIONS} for c in (stored, config.to_dict()))
+    check_same_run(before, after, workdir)
+    return config, Description.from_json(_read(workdir / "model.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def _with_tuples(stored: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A ConfigDict of parsed JSON, lists as tuples."""
+
+    def convert(value):
+        if isinstance(value, Mapping):
+            return {k: convert(v) for k, v in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ml_collections.ConfigDict(convert(stored))
