@@ -1,4 +1,4 @@
-"""What all experiments share: config arguments after the colon, and the sections every config has."""
+"""What all experiments share: presets after the colon, and the sections that every config has."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def parse_presets(arg: str | None, allowed: Sequence[str]) -> tuple[str, ...]:
 
 
 def get_base_config() -> ml_collections.ConfigDict:
-    """Every key that an experiment can set, with its default. Allowed values: `jaxseg/config.py`."""
+    """Every key an experiment can set, with its default; `jaxseg/config.py` knows what is allowed."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.task = "segmentation"
@@ -29,6 +29,7 @@ def get_base_config() -> ml_collections.ConfigDict:
             name="shapes",  # shapes, folder or tfds
             root="",  # folder: the data; tfds: where the prepared data sets are
             categories=(),  # names; empty = all
+            limit=0,  # read only the first so many examples of each split; 0 = all
             size=(0, 0),  # (height, width) of the images, multiples of the stride; (0, 0) = native
             threads=2,  # that decode, in each process
             workers=0,  # processes that decode, beside the threads

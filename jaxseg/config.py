@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # key: (smallest, largest), both allowed.
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
+    "data.limit": (0, 2**31 - 1),
     "data.threads": (1, 1024),
     "data.workers": (0, 1024),
     "data.memory_gigabytes": (0, 1e6),

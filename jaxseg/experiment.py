@@ -85,7 +85,8 @@ def make_source(
         )
     if data.name == "shapes" and tuple(data.size) != (0, 0):
         options = dict(size=tuple(data.size))
-    return sources.create(data.name, split, root=data.root, categories=chosen, **options)
+    source = sources.create(data.name, split, root=data.root, categories=chosen, **options)
+    return sources.First(source, data.limit) if data.limit else source
 
 
 def make_task(

@@ -77,16 +77,16 @@ def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.
     canvas = Canvas(dice, size)
     lot = dice.uniform()
     fishes = 0 if lot < 0.08 else 1 if lot < 0.5 else 2 if lot < 0.87 else 3
-    others = round(canvas.height * canvas.width / 128**2 * dice.uniform(6, 10))
+    others = round(canvas.height * canvas.width / 128**2 * dice.uniform(4.5, 7.5))
     items = sorted([True] * fishes + [False] * others, key=lambda _: dice.uniform())
     centres, whole = [], {}  # whole: the number of a fish -> its pixels when painted
 
     def keep(window, inside) -> bool:
-        """No item may hide more than a third of a fish."""
+        """No item may hide more than a quarter of a fish."""
         top = canvas.owner[window]
         for number, pixels in whole.items():
             covered = np.count_nonzero(inside & (top == number))
-            if covered and np.count_nonzero(canvas.owner == number) - covered < 0.67 * pixels:
+            if covered and np.count_nonzero(canvas.owner == number) - covered < 0.75 * pixels:
                 return False
         return True
 
@@ -94,7 +94,7 @@ def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.
         if is_fish:
             shape, scale = forms.fish(dice), dice.uniform(25, 38) * (1.14 - 0.14 * fishes)
         else:
-            shape, scale = dice.pick(forms.DISTRACTORS)(dice), dice.uniform(12, 30)
+            shape, scale = dice.pick(forms.DISTRACTORS)(dice), dice.uniform(12, 28)
         for _ in range(6):
             pose = _pose(dice, canvas, scale, 0.75 * scale if is_fish else 0.0, centres)
             skin = draw_skin(dice, canvas.colour)

@@ -90,7 +90,7 @@ def draw_skin(dice: Dice, ground: Array) -> Skin:
     def jitter(colour):
         return colour + (0.12 * dice.many(3) - 0.06).astype(np.float32).reshape(3, 1, 1)
 
-    base = jitter(ground if dice.chance(0.18) else dice.pick(PALETTE))
+    base = jitter(ground if dice.chance(0.08) else dice.pick(PALETTE))
     return Skin(
         base=base,
         accent=jitter(dice.pick(PALETTE)),
@@ -175,7 +175,7 @@ class Canvas:
                 weight = 0.3 * fade + 0.6 * ramp(4.0 * wave(0.6 * rate * along + 0.15 * soft))
             case "gravel":
                 weight = 0.4 * fade + 0.5 * ramp(1.6 * (fine + 0.3 * soft))
-        return blend(first, second, weight) * (1.0 + 0.07 * soft + 0.05 * fine)
+        return blend(first, second, 0.7 * weight) * (1.0 + 0.07 * soft + 0.05 * fine)
 
     def paint(self, dice: Dice, shape: Shape, skin: Skin, pose: Pose, number: int, keep) -> int:
         """Paint one item and return its visible pixels; 0 if `keep(window, inside)` refuses it."""
@@ -237,7 +237,7 @@ class Canvas:
             outside = ramp(body * pixel)
             rays = wave(3.5 * y / (0.35 + np.abs(x + 0.2)))
             colour = blend(colour, 0.3 * skin.base + 0.7 * skin.accent, outside)
-            shade += outside * (0.92 + 0.1 * rays + 0.4 * fins - shade)
+            shade += outside * (0.9 + 0.24 * rays + 0.4 * fins - shade)
             shine *= 1.0 - outside
         colour *= shade
         colour += skin.gloss * shine * shine

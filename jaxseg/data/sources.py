@@ -30,6 +30,25 @@ class Source(Protocol):
         category int, an index into `categories`; name str, unique within the source."""
 
 
+class First:
+    """The first `limit` examples of a source."""
+
+    def __init__(self, source: Source, limit: int):
+        self.categories = source.categories
+        self._source, self._length = source, min(limit, len(source))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return self._source[index]
+
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        return _sizes(self._source)[: self._length]
+
+
 def create(
     name: str, split: str, *, root: str = "", categories: Sequence[str] = (), **options
 ) -> Source:
@@ -61,6 +80,11 @@ def create(
     raise DataError(f"unknown data source {name!r}: allowed are {', '.join(NAMES)}")
 
 
+def _sizes(source: Source) -> Sequence[tuple[int, int]]:
+    """(height, width) of all examples; of the first alone, where the source says they are alike."""
+    return source.sizes() if hasattr(source, "sizes") else [source[0]["image"].shape[:2]]
+
+
 def working_size(source: Source, size: tuple[int, int], multiple: int = 16) -> tuple[int, int]:
     """The (height, width) to which `fit` brings every example of a source.
 
@@ -80,7 +104,7 @@ def working_size(source: Source, size: tuple[int, int], multiple: int = 16) -> t
         return int(size[0]), int(size[1])
     if not len(source):
         raise DataError("the data source is empty")
-    sizes = np.array(source.sizes() if hasattr(source, "sizes") else [source[0]["image"].shape[:2]])
+    sizes = np.array(_sizes(source))
     if (sizes == sizes[0]).all():
         height, width = sizes[0]
         return tuple(max(int(side) // multiple, 1) * multiple for side in (height, width))

@@ -242,7 +242,7 @@ def _guides(guide, centre, kernel, size, x):
         return feature if temperature is None else feature * temperature
 
     guide = scale(guide)
-    return guide, guide if centre is None else scale(centre)
+    return guide, None if centre is None else scale(centre)
 
 
 def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:

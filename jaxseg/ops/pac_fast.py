@@ -1,19 +1,23 @@
-"""Pixel-adaptive convolution without window copies: flat shifts, shared products, phases.
+"""Pixel-adaptive convolution block by block: no window copies, nothing stored for the gradient.
 
-Layout: channels first, and the pixels of an image flattened last, with a row width that includes
-the padding. The pixel under a tap is then one fixed step along the last axis, so that every tap is
-a contiguous slice: `y += K_t * shift(W_t x)`. What is strided is split into its phases beforehand:
-upsampling by r makes r x r output phases, each a dense convolution of the small input that only
-has the taps which do not fall on inserted zeros.
+A block is some rows of the output, small enough to stay in cache; what its gradient needs is
+computed again. Within a block channels go first, and pixels are flattened with a row width that
+includes the padding: the pixel under a tap is then one fixed step along the last axis, so every
+tap is a contiguous slice: `y += K_t * shift(W_t x)`, all taps' W_t x in one matrix product.
 
-All matrix products run on the unshifted input, several taps in one product; nothing of the size
-of a window is stored. The gradient computes kernels and products again. Sums over channels are
-written out, because XLA on CPU vectorises a sum of slices but not a reduction.
+What is strided is split into its phases beforehand. Upsampling by r makes r x r output phases,
+each a dense convolution of the small input that only has the taps which do not fall on inserted
+zeros; with repeated pixels instead of zeros all phases share the products.
+
+Sums over channels are written out: XLA on CPU vectorises a sum of slices, not a reduction.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +25,9 @@ import numpy as np
 
 from jaxseg.ops.pac_window import Kernel, Window, difference, similarity
 
-_TAPS_PER_PRODUCT = 9  # more is no faster, and needs more memory
 _WRITTEN_OUT = 128  # longest sum over channels that is written out: compile time grows with it
+_BLOCK_BYTES = {"cpu": 4 << 20}  # of the products of one block: a core's share of cache
+_BLOCK_BYTES_ELSEWHERE = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +43,38 @@ class _Tap:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static, per shape. An array of outputs has `length` pixels per image and phase."""
+    """What is static, per shape; rows and columns are those of one output phase."""
 
-    grid: tuple[int, int]  # rows and columns of one output phase
+    window: Window
+    columns: int
+    blocks: int
+    rows: int  # per block
     low: tuple[int, int]  # zeros before the first pixel of a plane
-    width: int  # of a flattened row
-    reach: int  # largest shift
+    span: tuple[int, int]  # how many rows and columns a window reaches across
     source_factor: tuple[int, int]  # the input is split into so many planes
     guide_factor: tuple[int, int]
     centres: tuple[tuple[int, int], ...]  # plane and shift in the guide, per output phase
     phases: tuple[tuple[_Tap, ...], ...]
 
     @property
-    def length(self) -> int:
-        return self.grid[0] * self.width
+    def width(self) -> int:
+        """Of a flattened row."""
+        return self.columns + self.span[1]
+
+    @property
+    def image_factors(self):
+        """By which x, guide and centre are split."""
+        return (self.source_factor, self.guide_factor, self.guide_factor)
+
+    @property
+    def pixels(self) -> int:
+        """Of a flattened block, per phase and image."""
+        return self.rows * self.width
+
+    @property
+    def reach(self) -> int:
+        """The largest shift."""
+        return self.span[0] * self.width + self.span[1]
 
 
 def _axis_taps(window: Window, axis: int, input_size: int, grid: int):
@@ -72,8 +95,8 @@ def _axis_taps(window: Window, axis: int, input_size: int, grid: int):
 
 
 @functools.lru_cache(maxsize=256)
-def _make_plan(window: Window, input_size: tuple[int, int]) -> _Plan:
-    """Lays out the taps of every output phase; places are flattened to (plane, shift)."""
+def _make_plan(window: Window, input_size: tuple[int, int], bytes_per_pixel: int) -> _Plan:
+    """Lays out blocks and the taps of every output phase."""
     output = window.output_size(input_size)
     grid = tuple(-(-n // z) for n, z in zip(output, window.zoom, strict=True))
     axes = [list(_axis_taps(window, a, input_size[a], grid[a])) for a in (0, 1)]
@@ -104,61 +127,71 @@ def _make_plan(window: Window, input_size: tuple[int, int]) -> _Plan:
             for r, c in itertools.product(rows, columns)
         ]
         phases.append(tuple(taps))
-    reach = span[0] * width + span[1]
+    budget = _BLOCK_BYTES.get(jax.default_backend(), _BLOCK_BYTES_ELSEWHERE)
+    blocks = -(-grid[0] // max(4, budget // (bytes_per_pixel * width)))
+    rows_per_block = -(-grid[0] // blocks)
     return _Plan(
-        grid, low, width, reach, window.stride, guide_factor, tuple(centres), tuple(phases)
-    )
+        window, grid[1], blocks, rows_per_block, low, span, window.stride, guide_factor,
+        tuple(centres), tuple(phases),
+    )  # fmt: skip
+
+
+def _pad_image(x_BxHxWxC: jax.Array, factor: tuple[int, int], plan: _Plan) -> jax.Array:
+    """Zeros around x, so that every block finds its rows."""
+    _, height, width, _ = x_BxHxWxC.shape
+    tall = (plan.blocks * plan.rows + plan.span[0]) * factor[0]
+    wide = plan.width * factor[1]
+    top, left = plan.low[0] * factor[0], plan.low[1] * factor[1]
+    padding = ((0, 0, 0), (top, tall - top - height, 0), (left, wide - left - width, 0), (0, 0, 0))
+    return jax.lax.pad(x_BxHxWxC, jnp.zeros((), x_BxHxWxC.dtype), padding)
 
 
 def _split(x_BxHxWxC: jax.Array, factor: tuple[int, int], plan: _Plan) -> jax.Array:
-    """Every phase of x, padded and flattened: PxCxBxL, L at least length + reach."""
+    """Every phase of a block's rows, flattened: PxCxBxL, L = pixels + reach."""
     fh, fw = factor
-    _, height, width, channels = x_BxHxWxC.shape
-    rows = -(-(plan.length + plan.reach) // plan.width)
-    top, left = plan.low[0] * fh, plan.low[1] * fw
-    bottom, right = rows * fh - top - height, plan.width * fw - left - width
-    padding = ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0))
-    x = jax.lax.pad(x_BxHxWxC, jnp.zeros((), x_BxHxWxC.dtype), padding)
-    x = x.reshape(-1, rows, fh, plan.width, fw, channels).transpose(2, 4, 5, 0, 1, 3)
-    return x.reshape(fh * fw, channels, -1, rows * plan.width)
+    batch, _, _, channels = x_BxHxWxC.shape
+    x = x_BxHxWxC.reshape(batch, -1, fh, plan.width, fw, channels).transpose(2, 4, 5, 0, 1, 3)
+    return _pad_ends(x.reshape(fh * fw, channels, batch, -1), 0, plan.span[1])
 
 
-def _merge(phases_CxBxN: list[jax.Array], plan: _Plan, window: Window, input_size) -> jax.Array:
-    """Interleaves the output phases and drops the padding: BxHoxWoxC."""
-    (rows, columns), (zh, zw) = plan.grid, window.zoom
+def _merge(phases_CxBxN: list[jax.Array], plan: _Plan) -> jax.Array:
+    """Interleaves the output phases of a block: BxHxWxC."""
+    zh, zw = plan.window.zoom
     c, b, _ = phases_CxBxN[0].shape
-    y = jnp.stack(phases_CxBxN).reshape(zh, zw, c, b, rows, plan.width)[..., :columns]
-    y = y.transpose(3, 4, 0, 5, 1, 2).reshape(b, rows * zh, columns * zw, c)
-    height, width = window.output_size(input_size)
-    return y[:, :height, :width]
+    y = jnp.stack(phases_CxBxN).reshape(zh, zw, c, b, plan.rows, plan.width)
+    y = y[..., : plan.columns].transpose(3, 4, 0, 5, 1, 2)
+    return y.reshape(b, plan.rows * zh, plan.columns * zw, c)
 
 
 def _at(x: jax.Array, shift: int, length: int) -> jax.Array:
     return jax.lax.slice_in_dim(x, shift, shift + length, axis=-1)
 
 
-def _sum_products(a_CxBxN: jax.Array, b_CxBxN: jax.Array) -> jax.Array:
-    """Sum over channels of a * b, in float32."""
-    a, b = a_CxBxN.astype(jnp.float32), b_CxBxN.astype(jnp.float32)
-    if a.shape[0] > _WRITTEN_OUT:
-        return jnp.sum(a * b, axis=0)
-    return functools.reduce(jnp.add, [a[i] * b[i] for i in range(a.shape[0])])
-
-
 def _pad_ends(x: jax.Array, before: int, after: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
+
+
+def _sum_channels(term: Callable[[Any], jax.Array], channels: int) -> jax.Array:
+    """Sum over c of term(c), where term also takes all channels at once."""
+    if channels > _WRITTEN_OUT:
+        return jnp.sum(term(slice(None)), axis=0)
+    return functools.reduce(jnp.add, [term(c) for c in range(channels)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _distances(guide_PxGxBxL, centre_PxGxBxL, asymmetric: bool, plan: _Plan):
     """Squared distance to the centre, per phase and tap: BxN each."""
-    kernel, n = Kernel(asymmetric=asymmetric), plan.length
-    result = []
-    for (plane, shift), taps in zip(plan.centres, plan.phases, strict=True):
-        middle = _at(centre_PxGxBxL[plane], shift, n)
-        ds = [difference(_at(guide_PxGxBxL[t.guide[0]], t.guide[1], n), middle, kernel) for t in taps]
-        result.append([_sum_products(d, d) for d in ds])
-    return result
+    kernel, n = Kernel(asymmetric=asymmetric), plan.pixels
+
+    def d2(plane, shift, tap):
+        def term(c):
+            neighbour = _at(guide_PxGxBxL[tap.guide[0], c], tap.guide[1], n)
+            return difference(neighbour, _at(centre_PxGxBxL[plane, c], shift, n), kernel) ** 2
+
+        return _sum_channels(term, guide_PxGxBxL.shape[1])
+
+    pairs = zip(plan.centres, plan.phases, strict=True)
+    return [[d2(plane, shift, tap) for tap in taps] for (plane, shift), taps in pairs]
 
 
 def _distances_forward(guide, centre, asymmetric, plan):
@@ -168,7 +201,7 @@ def _distances_forward(guide, centre, asymmetric, plan):
 def _distances_backward(asymmetric, plan, residuals, gradients):
     """Gathers: every pixel collects from the windows in which it is a neighbour or the centre."""
     guide, centre = residuals
-    kernel, n, reach, length = Kernel(asymmetric=asymmetric), plan.length, plan.reach, guide.shape[-1]
+    kernel, n, reach, length = Kernel(asymmetric=asymmetric), plan.pixels, plan.reach, guide.shape[-1]
     as_neighbour = [jnp.zeros_like(guide[0])] * len(guide)
     as_centre = [jnp.zeros_like(centre[0])] * len(centre)
     centre_wide = _pad_ends(centre, reach, reach)
@@ -177,7 +210,7 @@ def _distances_backward(asymmetric, plan, residuals, gradients):
         for t, e in zip(taps, es, strict=True):
             p, s = t.guide
             total += 2.0 * e * difference(_at(guide[p], s, n), middle, kernel)
-            e_wide = _at(_pad_ends(e, reach, length - n), reach - s, length)
+            e_wide = _at(_pad_ends(e, reach, reach), reach - s, length)
             centre_there = _at(centre_wide[plane], reach + shift - s, length)
             as_neighbour[p] += 2.0 * e_wide * difference(guide[p], centre_there, kernel)
         if taps:
@@ -188,22 +221,20 @@ def _distances_backward(asymmetric, plan, residuals, gradients):
 _distances.defvjp(_distances_forward, _distances_backward)
 
 
-def _valid(tap: _Tap, plan: _Plan) -> np.ndarray:
-    """Which outputs see a pixel of the input through a tap: 1xN."""
-    row, column = np.arange(plan.grid[0]), np.arange(plan.width)
+def _valid(tap: _Tap, plan: _Plan, first_row: jax.Array) -> jax.Array:
+    """Which outputs of a block see a pixel of the input through a tap: 1xN."""
+    row, column = first_row + jnp.arange(plan.rows), np.arange(plan.width)
     rows = (row >= tap.rows[0]) & (row < tap.rows[1])
     columns = (column >= tap.columns[0]) & (column < tap.columns[1])
     return (rows[:, None] & columns).reshape(1, -1)
 
 
-def _normalized(d2s: list[jax.Array], kernel: Kernel, taps: tuple[_Tap, ...], plan: _Plan):
+def _normalized(d2s: list[jax.Array], kernel: Kernel, valid: list[jax.Array]) -> list[jax.Array]:
     """Kernel values of one phase that sum to 1 over the valid taps."""
-    valid = [_valid(t, plan) for t in taps]
     if kernel.kind == "gaussian":
         # The nearest valid neighbour counts 1 before the division, so that the sum cannot vanish.
-        nearest = functools.reduce(
-            jnp.minimum, [jnp.where(v, d2, jnp.inf) for d2, v in zip(d2s, valid, strict=True)]
-        )
+        masked = [jnp.where(v, d2, jnp.inf) for d2, v in zip(d2s, valid, strict=True)]
+        nearest = functools.reduce(jnp.minimum, masked)
         nearest = jax.lax.stop_gradient(jnp.where(jnp.isinf(nearest), 0.0, nearest))
         d2s = [jnp.where(v, d2 - nearest, 0.0) for d2, v in zip(d2s, valid, strict=True)]
     values = [jnp.where(v, similarity(d2, kernel), 0.0) for d2, v in zip(d2s, valid, strict=True)]
@@ -211,53 +242,53 @@ def _normalized(d2s: list[jax.Array], kernel: Kernel, taps: tuple[_Tap, ...], pl
     return [value / jnp.where(total == 0.0, 1.0, total) for value in values]
 
 
-def _kernels(guide_BxHxWxG, centre_BxHxWxG, kernel: Kernel, plan: _Plan) -> list[list[jax.Array]]:
-    """Kernel values per phase and tap: BxN each."""
-    guide = _split(guide_BxHxWxG, plan.guide_factor, plan)
-    same = centre_BxHxWxG is guide_BxHxWxG
-    centre = guide if same else _split(centre_BxHxWxG, plan.guide_factor, plan)
+def _kernels(guide, centre, kernel: Kernel, plan: _Plan, first_row) -> list[list[jax.Array]]:
+    """Kernel values of a block per phase and tap: BxN each; the guide is its centre if None."""
+    guide = _split(guide, plan.guide_factor, plan)
+    centre = guide if centre is None else _split(centre, plan.guide_factor, plan)
     d2s = _distances(guide, centre, kernel.asymmetric, plan)
     if not kernel.normalized:
         return jax.tree.map(lambda d2: similarity(d2, kernel), d2s)
-    pairs = zip(d2s, plan.phases, strict=True)
-    return [_normalized(d2, kernel, taps, plan) if taps else [] for d2, taps in pairs]
+    valid = [[_valid(t, plan, first_row) for t in taps] for taps in plan.phases]
+    pairs = zip(d2s, valid, strict=True)
+    return [_normalized(d2, kernel, v) if d2 else [] for d2, v in pairs]
 
 
-def _groups(plan: _Plan):
-    """Weights whose products with the input are made together, and who reads which."""
-    order = dict.fromkeys(t.weight for taps in plan.phases for t in taps)
-    order = list(order)
-    for start in range(0, len(order), _TAPS_PER_PRODUCT):
-        weights = order[start : start + _TAPS_PER_PRODUCT]
-        readers = [
-            (phase, i, weights.index(t.weight), *t.source)
-            for phase, taps in enumerate(plan.phases)
-            for i, t in enumerate(taps)
-            if t.weight in weights
-        ]
-        yield np.array(weights), readers
-
-
-def _products(x_PxCxBxL: jax.Array, weight_TxCxO: jax.Array) -> jax.Array:
-    """Every tap's weight times the unshifted input: PxTxOxBxL."""
-    p, c, b, n = x_PxCxBxL.shape
-    t, _, o = weight_TxCxO.shape
+def _products(x_CxBxL: jax.Array, weight_TxCxO: jax.Array) -> jax.Array:
+    """Every tap's weight times the unshifted input: TxOxBxL."""
+    (c, b, n), (t, _, o) = x_CxBxL.shape, weight_TxCxO.shape
     w = weight_TxCxO.transpose(0, 2, 1).reshape(t * o, c)
-    y = [jax.lax.dot(w, x_PxCxBxL[i].reshape(c, b * n)).reshape(t, o, b, n) for i in range(p)]
-    return y
+    return jax.lax.dot(w, x_CxBxL.reshape(c, b * n)).reshape(t, o, b, n)
+
+
+def _readers(plan: _Plan, plane: int):
+    """The weights used on a plane of the input, and (phase, tap, which of them, shift) of all uses."""
+    found = [
+        (phase, i, tap)
+        for phase, taps in enumerate(plan.phases)
+        for i, tap in enumerate(taps)
+        if tap.source[0] == plane
+    ]
+    weights = sorted({tap.weight for _, _, tap in found})
+    return np.array(weights, int), [
+        (phase, i, weights.index(tap.weight), tap.source[1]) for phase, i, tap in found
+    ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _mix(x_PxCxBxL, kernels, weight_TxCxO, plan: _Plan) -> list[jax.Array]:
-    """Sum over taps of kernel times shifted product, per phase: OxBxN each, float32."""
-    n = plan.length
-    outputs = [0.0] * len(plan.phases)
-    for weights, readers in _groups(plan):
-        products = _products(x_PxCxBxL, weight_TxCxO[weights])
-        for phase, i, j, plane, shift in readers:
-            outputs[phase] += kernels[phase][i] * _at(products[plane][j], shift, n)
-    shape = (weight_TxCxO.shape[-1], x_PxCxBxL.shape[2], n)
-    return [jnp.zeros(shape) if isinstance(y, float) else y for y in outputs]
+    """Sum over taps of kernel times shifted product, per phase: OxBxN each."""
+    n = plan.pixels
+    zeros = jnp.zeros((weight_TxCxO.shape[-1], x_PxCxBxL.shape[2], n), x_PxCxBxL.dtype)
+    outputs = [zeros] * len(plan.phases)
+    for plane, x in enumerate(x_PxCxBxL):
+        weights, readers = _readers(plan, plane)
+        if not readers:
+            continue
+        products = _products(x, weight_TxCxO[weights])
+        for phase, i, j, shift in readers:
+            outputs[phase] += kernels[phase][i] * _at(products[j], shift, n)
+    return outputs
 
 
 def _mix_forward(x, kernels, weight, plan):
@@ -265,61 +296,149 @@ def _mix_forward(x, kernels, weight, plan):
 
 
 def _mix_backward(plan, residuals, gradients):
-    x, kernels, weight = residuals
-    n, reach, (_, c, b, length) = plan.length, plan.reach, x.shape
-    dk = jax.tree.map(lambda k: k, kernels)
-    dx = [0.0] * len(x)
-    dw = jnp.zeros_like(weight)
-    for weights, readers in _groups(plan):
+    x_PxCxBxL, kernels, weight = residuals
+    n, (_, c, b, length) = plan.pixels, x_PxCxBxL.shape
+    o = weight.shape[-1]
+    dk = [list(taps) for taps in kernels]
+    dx, dw = [], jnp.zeros_like(weight)
+    for plane, x in enumerate(x_PxCxBxL):
+        weights, readers = _readers(plan, plane)
+        if not readers:
+            dx.append(jnp.zeros_like(x))
+            continue
         w = weight[weights]
         products = _products(x, w)
-        # The gradient of every product, gathered from the outputs that read it.
-        dp = [[0.0] * len(weights) for _ in range(len(x))]
-        for phase, i, j, plane, shift in readers:
+        d_products = [jnp.zeros((o, b, length), x.dtype)] * len(weights)
+        for phase, i, j, shift in readers:
             g = gradients[phase]
-            dk[phase][i] = _sum_products(g, _at(products[plane][j], shift, n))
-            kg = _pad_ends(kernels[phase][i] * g, shift, length - n - shift)
-            dp[plane][j] += kg
-        for plane in range(len(x)):
-            used = [j for j, d in enumerate(dp[plane]) if not isinstance(d, float)]
-            if not used:
-                continue
-            d = jnp.concatenate([dp[plane][j].astype(x.dtype) for j in used]).reshape(-1, b * length)
-            wu = w[np.array(used)].transpose(1, 0, 2).reshape(c, -1)
-            dx[plane] += jax.lax.dot(wu, d).reshape(c, b, length)
-            dwu = jax.lax.dot_general(d, x[plane].reshape(c, -1), (((1,), (1,)), ((), ())))
-            dw = dw.at[weights[np.array(used)]].add(dwu.reshape(len(used), -1, c).transpose(0, 2, 1))
-    dx = jnp.stack([jnp.zeros((c, b, length), x.dtype) if isinstance(d, float) else d for d in dx])
-    return dx, dk, dw
+            dk[phase][i] = _sum_channels(
+                lambda q, g=g, y=products[j], s=shift: g[q] * _at(y[q], s, n), o
+            ).astype(kernels[phase][i].dtype)
+            back = (kernels[phase][i] * g).astype(x.dtype)
+            d_products[j] += _pad_ends(back, shift, length - n - shift)
+        d = jnp.concatenate(d_products).reshape(-1, b * length)
+        wt = w.transpose(1, 0, 2).reshape(c, -1)
+        dx.append(jax.lax.dot(wt, d).reshape(c, b, length))
+        dw_here = jax.lax.dot_general(d, x.reshape(c, -1), (((1,), (1,)), ((), ())))
+        dw = dw.at[weights].add(dw_here.reshape(-1, o, c).transpose(0, 2, 1))
+    return jnp.stack(dx), dk, dw
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
+def _conv_block(x, guide, centre, weight_TxCxO, kernel: Kernel, plan: _Plan, first_row):
+    kernels = _kernels(guide, centre, kernel, plan, first_row)
+    x_PxCxBxL = _split(x, plan.source_factor, plan)
+    return _merge(_mix(x_PxCxBxL, kernels, weight_TxCxO, plan), plan).astype(x.dtype)
+
+
+def _pool_block(x, guide, centre, weight: None, kernel: Kernel, plan: _Plan, first_row):
+    (values,) = _kernels(guide, centre, kernel, plan, first_row)
+    x_PxCxBxL = _split(x, plan.source_factor, plan)
+    shifted = [_at(x_PxCxBxL[t.source[0]], t.source[1], plan.pixels) for t in plan.phases[0]]
+    y = functools.reduce(jnp.add, [k * s for k, s in zip(values, shifted, strict=True)])
+    return _merge([y], plan).astype(x.dtype)
+
+
+def _kernel_block(x: None, guide, centre, weight: None, kernel: Kernel, plan: _Plan, first_row):
+    (values,) = _kernels(guide, centre, kernel, plan, first_row)
+    return _merge([jnp.stack(values)], plan)
+
+
+class _Inputs(NamedTuple):
+    """What a block computes on; images are padded and sliced to the block's rows."""
+
+    x: jax.Array | None
+    guide: jax.Array
+    centre: jax.Array | None  # the guide itself if None
+    weight: jax.Array | None
+    kernel: Kernel
+
+    def padded(self, plan: _Plan) -> "_Inputs":
+        return self._images(lambda image, factor: _pad_image(image, factor, plan), plan)
+
+    def rows(self, plan: _Plan, block: jax.Array) -> "_Inputs":
+        def cut(image, factor):
+            rows = (plan.rows + plan.span[0]) * factor[0]
+            return jax.lax.dynamic_slice_in_dim(image, block * plan.rows * factor[0], rows, axis=1)
+
+        return self._images(cut, plan)
+
+    def _images(self, change, plan: _Plan) -> "_Inputs":
+        images = [
+            None if image is None else change(image, factor)
+            for image, factor in zip(self[:3], plan.image_factors, strict=True)
+        ]
+        return _Inputs(*images, *self[3:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(block_function, plan: _Plan, inputs: _Inputs) -> jax.Array:
+    """All blocks of the output, one below the other; the rows of the last may be surplus."""
+
+    def body(y, block):
+        rows = block_function(*inputs.rows(plan, block), plan, block * plan.rows)
+        return jax.lax.dynamic_update_slice_in_dim(y, rows, block * rows.shape[1], axis=1), None
+
+    one = jax.eval_shape(lambda: block_function(*inputs.rows(plan, 0), plan, 0))
+    batch, rows, *rest = one.shape
+    y = jnp.zeros((batch, plan.blocks * rows, *rest), one.dtype)
+    return jax.lax.scan(body, y, jnp.arange(plan.blocks))[0]
+
+
+def _run_forward(block_function, plan, inputs):
+    return _run(block_function, plan, inputs), inputs
+
+
+def _run_backward(block_function, plan, inputs, dy):
+    height = dy.shape[1] // plan.blocks
+
+    def add(total, part, factor, block):
+        start = block * plan.rows * factor[0]
+        old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[1], axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=1)
+
+    def body(gradients, block):
+        rows = inputs.rows(plan, block)
+        _, pull = jax.vjp(lambda i: block_function(*i, plan, block * plan.rows), rows)
+        (parts,) = pull(jax.lax.dynamic_slice_in_dim(dy, block * height, height, axis=1))
+        images = [
+            None if part is None else add(total, part, factor, block)
+            for total, part, factor in zip(gradients[:3], parts[:3], plan.image_factors, strict=True)
+        ]
+        return _Inputs(*images, *jax.tree.map(jnp.add, gradients[3:], parts[3:])), None
+
+    zeros = jax.tree.map(jnp.zeros_like, inputs)
+    return (jax.lax.scan(body, zeros, jnp.arange(plan.blocks))[0],)
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _apply(block_function, window: Window, input_size, floats_per_pixel: int, inputs: _Inputs):
+    plan = _make_plan(window, input_size, 4 * floats_per_pixel * inputs.guide.shape[0])
+    y = _run(block_function, plan, inputs.padded(plan))
+    height, width = window.output_size(input_size)
+    return y[:, :height, :width]
+
+
 def conv(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, weight_kxkxCxO, kernel: Kernel, window: Window):
     """Convolution, transposed convolution, or convolution of the repeated input: BxHoxWoxO."""
-    size = x_BxHxWxC.shape[1:3]
-    plan = _make_plan(window, size)
-    kernels = _kernels(guide_BxHxWxG, centre_BxHxWxG, kernel, plan)
-    x_PxCxBxL = _split(x_BxHxWxC, plan.source_factor, plan)
     weight_TxCxO = weight_kxkxCxO.reshape(-1, *weight_kxkxCxO.shape[2:])
-    y = _mix(x_PxCxBxL, kernels, weight_TxCxO, plan)
-    return _merge(y, plan, window, size).astype(x_BxHxWxC.dtype)
+    inputs = _Inputs(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, weight_TxCxO, kernel)
+    floats = weight_TxCxO.shape[0] * weight_TxCxO.shape[2]
+    return _apply(_conv_block, window, x_BxHxWxC.shape[1:3], floats, inputs)
 
 
 def pool(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, kernel: Kernel, window: Window) -> jax.Array:
     """Sum of every window times its kernel: BxHoxWoxC."""
-    size = x_BxHxWxC.shape[1:3]
-    plan = _make_plan(window, size)
-    (values,) = _kernels(guide_BxHxWxG, centre_BxHxWxG, kernel, plan)
-    x = _split(x_BxHxWxC, plan.source_factor, plan)
-    shifted = [_at(x[t.source[0]], t.source[1], plan.length) for t in plan.phases[0]]
-    y = functools.reduce(jnp.add, [k * s for k, s in zip(values, shifted, strict=True)])
-    return _merge([y], plan, window, size).astype(x_BxHxWxC.dtype)
+    inputs = _Inputs(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, None, kernel)
+    floats = x_BxHxWxC.shape[-1] + math.prod(window.size)
+    return _apply(_pool_block, window, x_BxHxWxC.shape[1:3], floats, inputs)
 
 
 def kernel_BxHxWxT(guide_BxHxWxG, centre_BxHxWxG, kernel: Kernel, window: Window, input_size):
-    """Kernel values of the T = k * k taps of every output pixel of a convolution."""
-    plan = _make_plan(window, input_size)
-    (values,) = _kernels(guide_BxHxWxG, centre_BxHxWxG, kernel, plan)
-    return _merge([jnp.stack(values)], plan, window, input_size)
+    """Kernel values of the T taps of every output pixel of a convolution."""
+    inputs = _Inputs(None, guide_BxHxWxG, centre_BxHxWxG, None, kernel)
+    return _apply(_kernel_block, window, input_size, math.prod(window.size), inputs)

@@ -14,7 +14,7 @@ from jaxseg.ops.pac_window import Kernel, Window, difference, similarity
 def conv(
     x_BxHxWxC: jax.Array,
     guide_BxHxWxG: jax.Array,
-    centre_BxHxWxG: jax.Array,
+    centre_BxHxWxG: jax.Array | None,
     weight_kxkxCxO: jax.Array,
     kernel: Kernel,
     window: Window,
@@ -38,7 +38,7 @@ def pool(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, kernel: Kernel, window: Windo
 
 def kernel_BxHxWxT(
     guide_BxHxWxG: jax.Array,
-    centre_BxHxWxG: jax.Array,
+    centre_BxHxWxG: jax.Array | None,
     kernel: Kernel,
     window: Window,
     input_size: tuple[int, int],
@@ -49,6 +49,8 @@ def kernel_BxHxWxT(
     )
     neighbour_BxHxWxGxT = _windows(guide_BxHxWxG, over_guide)
     middle = window.size[0] // 2 * window.size[1] + window.size[1] // 2
+    if centre_BxHxWxG is None:
+        centre_BxHxWxG = guide_BxHxWxG
     centre_BxHxWxGx1 = _windows(centre_BxHxWxG, over_guide)[..., middle, None]
     d_BxHxWxGxT = difference(neighbour_BxHxWxGxT, centre_BxHxWxGx1, kernel)
     d2_BxHxWxT = jnp.sum(d_BxHxWxGxT**2, axis=-2)

@@ -6,6 +6,7 @@ widen when shrinking. The matrices depend on shapes only and are built in NumPy 
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,12 +108,53 @@ def resize_bilinear(
     """Resizes to `shape` = (h, w) as torch's bilinear `F.interpolate(align_corners=False)` does.
 
     Floating-point [B, H, W, C] of any range to [B, h, w, C] of the same dtype, computed in float32.
-    Raises ValueError for other ranks and dtypes.
+    Has a reverse-mode gradient only. Raises ValueError for other ranks and dtypes.
     """
     _check_image(x_BxHxWxC)
-    matrix = functools.partial(resize_matrix, kind="bilinear", antialias=antialias)
-    _, h, w, _ = x_BxHxWxC.shape
-    return _apply(x_BxHxWxC, matrix(h, shape[0]), matrix(w, shape[1]))
+    if tuple(shape) == x_BxHxWxC.shape[1:3]:
+        return x_BxHxWxC
+    if not antialias:
+        x = _bilinear(x_BxHxWxC.astype(jnp.float32), tuple(shape))
+        return x.astype(x_BxHxWxC.dtype)
+    return _apply(x_BxHxWxC, *_bilinear_matrices(x_BxHxWxC.shape[1:3], shape, antialias=True))
+
+
+def _bilinear_matrices(
+    before: tuple[int, int], after: tuple[int, int], *, antialias: bool = False
+) -> list[np.ndarray]:
+    return [
+        resize_matrix(n, m, kind="bilinear", antialias=antialias)
+        for n, m in zip(before, after, strict=True)
+    ]
+
+
+# Forward the two taps are gathered, which is several times faster on CPUs than the matrix product.
+# Backward that would be a scatter, which is slower than the product by as much.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _bilinear(x_BxHxWxC: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    x = x_BxHxWxC
+    for axis, n_out in zip((2, 1), shape[::-1], strict=True):
+        n = x.shape[axis]
+        source = np.clip((np.arange(n_out) + 0.5) * (n / n_out) - 0.5, 0, n - 1)
+        low = np.floor(source).astype(np.int32)
+        high = np.minimum(low + 1, n - 1)
+        weight = (source - low).astype(np.float32).reshape(-1, *[1] * (3 - axis))
+        x = jnp.take(x, low, axis=axis) * (1 - weight) + jnp.take(x, high, axis=axis) * weight
+    return x
+
+
+def _bilinear_forward(x_BxHxWxC: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, Any]:
+    return _bilinear(x_BxHxWxC, shape), x_BxHxWxC.shape[1:3]
+
+
+def _bilinear_backward(
+    shape: tuple[int, int], before: tuple[int, int], g_BxHxWxC: jax.Array
+) -> tuple[jax.Array]:
+    rows, columns = _bilinear_matrices(before, shape)
+    return (_apply(g_BxHxWxC, rows.T, columns.T),)
+
+
+_bilinear.defvjp(_bilinear_forward, _bilinear_backward)
 
 
 def resize_nearest(x_BxHxWxC: jax.Array, factor: int) -> jax.Array:

@@ -56,11 +56,21 @@ def load(
         raise ValueError(
             f"no weights {str(name_or_path)!r}: neither a file nor one of {', '.join(catalog.CATALOG)}"
         )
+    digest = _sha256(path, expected=catalog.CATALOG.get(str(name_or_path)))
     tensors = convert.pick_branch(_read(path), branch=branch, source=str(path))
     params, variant = convert.to_flax(tensors, variant=variant, source=str(path))
+    return Weights(params, variant, str(path), digest)
+
+
+def _sha256(path: Path, *, expected: catalog.Entry | None) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Weights(params, variant, str(path), digest)
+    if expected and expected.sha256 not in (None, digest):
+        raise ValueError(
+            f"{path} has sha256 {digest}, but {expected.url} has {expected.sha256}: delete the file "
+            "to download it again, or give its path if it is meant to be another"
+        )
+    return digest
 
 
 def _read(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import http.client
 import os
 import urllib.request
 from pathlib import Path
@@ -25,7 +26,8 @@ class Entry:
 
 
 # Addresses: hubconf.py of facebookresearch/dino and dinov2/hub/backbones.py of
-# facebookresearch/dinov2. The names are those of `VARIANTS`.
+# facebookresearch/dinov2; the latter's checksums: finegrain-ai/refiners, conversion of DINOv2.
+# The names are those of `VARIANTS`.
 CATALOG: dict[str, Entry] = {
     "dino_vits16": Entry(f"{_DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
     "dino_vits8": Entry(f"{_DINO}/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"),
@@ -35,11 +37,26 @@ CATALOG: dict[str, Entry] = {
         f"{_DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
         "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
     ),
-    "dinov2_vitb14": Entry(f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth"),
-    "dinov2_vitl14": Entry(f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth"),
-    "dinov2_vits14_reg": Entry(f"{_DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"),
-    "dinov2_vitb14_reg": Entry(f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
-    "dinov2_vitl14_reg": Entry(f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth"),
+    "dinov2_vitb14": Entry(
+        f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+        "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    ),
+    "dinov2_vitl14": Entry(
+        f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+    ),
+    "dinov2_vits14_reg": Entry(
+        f"{_DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+        "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    ),
+    "dinov2_vitb14_reg": Entry(
+        f"{_DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+        "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+    ),
+    "dinov2_vitl14_reg": Entry(
+        f"{_DINOV2}/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
+        "36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51",
+    ),
 }
 
 
@@ -70,7 +87,7 @@ def fetch(name: str, *, cache_dir: str | Path | None = None) -> Path:
         if entry.sha256 not in (None, digest):
             raise ValueError(f"{entry.url} has sha256 {digest}, expected {entry.sha256}")
         os.replace(partial, path)
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         raise OSError(
             f"cannot download the weights {name!r} ({e}): fetch {entry.url} where there is a "
             f"network and put it at {path}"

@@ -45,6 +45,7 @@ def pick_branch(tree: Any, *, branch: str = "teacher", source: str) -> Mapping[s
     """
     for key in (branch, "state_dict", "model"):
         if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
+            _log.info("%s: taking the tensors under %r", source, key)
             tree = tree[key]
             break
     if not isinstance(tree, Mapping):
@@ -110,16 +111,17 @@ def _rename(tensors: Mapping[str, Any], source: str) -> dict[str, tuple[str, ...
         found[name] = (original,)
     for name in [n for n in found if ".attn.query." in n]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in found for part in parts):
+        shapes = {tuple(tensors[found[part][0]].shape) for part in parts if part in found}
+        if all(part in found for part in parts) and len(shapes) == 1:
             joint = name.replace(".query.", ".qkv.")
             found[joint] = tuple(found.pop(part)[0] for part in parts)
     return found
 
 
 def _joint_shape(parts: list[Any]) -> tuple[int, ...]:
-    """The shape of the parts joined along the first axis."""
-    first = tuple(parts[0].shape)
-    return first if len(parts) == 1 else (sum(p.shape[0] for p in parts), *first[1:])
+    """The shape of parts of the same shape joined along the first axis."""
+    shape = tuple(parts[0].shape)
+    return (len(parts) * shape[0], *shape[1:]) if shape else ()
 
 
 def infer_variant(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Variant:
@@ -130,20 +132,23 @@ def infer_variant(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Vari
     """
     patch, pos = shapes.get("patch_embed.proj.weight", ()), shapes.get("pos_embed", ())
     blocks = {int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}
-    if len(patch) != 4 or patch[1] != 3 or patch[2] != patch[3] or len(pos) != 3 or not blocks:
+    if len(patch) != 4 or patch[1] != 3 or patch[2] != patch[3] or 0 in patch:
+        blocks = set()
+    if not blocks or len(pos) != 3 or pos[1] < 2:
         raise ValueError(
             f"{source} is not a ViT of DINO or DINOv2 (no patch embedding of RGB images, position "
             f"embedding and blocks): it holds {_some(shapes)}"
         )
     dim = patch[0]
-    registers = shapes.get("register_tokens", (1, 0))[1]
+    registers = shapes.get("register_tokens", ())
+    registers = registers[1] if len(registers) == 3 else 0
     fields = {
         "patch": patch[3],
         "dim": dim,
         "depth": max(blocks) + 1,
         "heads": 0 if dim % 64 else dim // 64,
         "grid": math.isqrt(pos[1] - 1),
-        "mlp_ratio": shapes.get("blocks.0.mlp.fc1.weight", (4 * dim,))[0] // dim,
+        "mlp_ratio": (shapes.get("blocks.0.mlp.fc1.bias") or (4 * dim,))[0] // dim,
         "layerscale": "blocks.0.ls1.gamma" in shapes,
         "registers": registers,
     }

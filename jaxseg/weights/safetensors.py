@@ -45,10 +45,11 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 def _tensor(where: str, entry: Any, data: np.ndarray) -> np.ndarray:
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        integers = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+        valid = isinstance(code, str)
+        valid &= all(type(n) is int and n >= 0 for n in (begin, end, *shape))
     except (KeyError, TypeError, ValueError):
-        integers = False
-    if not integers:
+        valid = False
+    if not valid:
         raise ValueError(f"{where} has no valid dtype, shape and data_offsets: {entry}")
     if code not in _DTYPES:
         raise ValueError(f"{where} is {code}: allowed are {', '.join(_DTYPES)}")

@@ -6,6 +6,7 @@ list of names. There is no import and no call to anything else.
 """
 
 import dataclasses
+import math
 import pickletools
 import zipfile
 from collections.abc import Callable
@@ -82,51 +83,107 @@ def read(path: str | Path) -> Any:
         raise ValueError(f"{path} is not a PyTorch file: it starts with {start[:8]!r}, not a zip")
     try:
         with zipfile.ZipFile(path) as archive:
-            return _Reader(path, archive).run()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as e:
-        raise ValueError(f"{path} is truncated or damaged ({e}): fetch it again") from e
+            root, members, pickled = _open(path, archive)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as e:
+        if isinstance(e, _Refused):
+            raise
+        raise _Refused(f"{path} is truncated or damaged ({e}): fetch it again") from e
+    return interpret(pickled, str(path), _TensorMaker(path, root, members))
 
 
-class _Reader:
-    """Interprets the pickle of one archive."""
+def _open(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str, zipfile.ZipInfo], bytes]:
+    """Returns the archive's top folder, its members by name, and its pickle."""
+    members = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        raise _Refused(f"{path} is a zip but not a PyTorch file: it has no single data.pkl")
+    root = pickles[0].split("/")[0]
+    for name, info in members.items():
+        # PyTorch stores without compression, so nothing read here can outgrow the file.
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise _Refused(f"{path}: {name} is compressed, which PyTorch never does")
+    if f"{root}/byteorder" in members:
+        order = archive.read(f"{root}/byteorder")
+        if order != b"little":
+            raise _Refused(f"{path} has byte order {order!r}: only little-endian is read")
+    return root, members, archive.read(pickles[0])
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile):
-        self._path = path
-        pickles = [i for i in archive.infolist() if i.filename.split("/")[1:] == ["data.pkl"]]
-        if len(pickles) != 1:
-            raise ValueError(f"{path} is a zip but not a PyTorch file: it has no single data.pkl")
-        self._root = pickles[0].filename.split("/")[0]
-        self._members = {i.filename: i for i in archive.infolist()}
-        for info in self._members.values():
-            # PyTorch stores without compression, so nothing read here can outgrow the file.
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{path}: {info.filename} is compressed, which PyTorch never does")
-        if f"{self._root}/byteorder" in self._members:
-            order = archive.read(f"{self._root}/byteorder")
-            if order != b"little":
-                raise ValueError(f"{path} has byte order {order!r}: only little-endian is read")
-        self._pickle = archive.read(pickles[0])
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
-        position = 0
+@dataclasses.dataclass(frozen=True)
+class _TensorMaker:
+    """Makes the `Tensor`s of one archive, checking that they lie within their storages."""
+
+    path: Path
+    root: str
+    members: dict[str, zipfile.ZipInfo]
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
+        numbers = (offset, *shape, *stride)
+        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise TypeError("a tensor is described by other things than a storage and integers")
+        member = f"{self.root}/data/{storage.key}"
+        info = self.members.get(member)
+        size = storage.count * storage.dtype.itemsize
+        if info is None or info.file_size != size:
+            found = "is missing" if info is None else f"has {info.file_size} bytes"
+            raise _Refused(f"{member} {found}, expected {size} bytes: truncated or damaged")
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        count = math.prod(shape)
+        if count and (last >= storage.count or count > storage.count):
+            raise _Refused(f"a tensor of shape {shape} does not fit its storage {member}")
+        return Tensor(
+            storage.dtype, shape, lambda: self._read(member, storage.dtype, offset, shape, stride)
+        )
+
+    def _read(
+        self,
+        member: str,
+        dtype: np.dtype,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> np.ndarray:
+        if 0 in shape:
+            return np.zeros(shape, dtype)
         try:
-            for opcode, arg, at in pickletools.genops(self._pickle):
-                position = at
-                if opcode.name == "STOP":
-                    return self._stack.pop()
-                self._step(opcode.name, arg)
-        except _Refused as e:
-            raise ValueError(f"{self._path}: {e}") from None
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(
-                f"{self._path} is damaged: its pickle breaks at byte {position} ({e})"
-            ) from e
-        raise ValueError(f"{self._path} is truncated: its pickle has no end")
+            with zipfile.ZipFile(self.path) as archive:
+                flat = np.frombuffer(archive.read(member), dtype)
+        except (OSError, zipfile.BadZipFile, EOFError, KeyError) as e:
+            raise ValueError(f"{self.path}: {member} is damaged ({e}): fetch it again") from e
+        steps = [s * dtype.itemsize for s in stride]
+        return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps).copy()
 
-    def _step(self, op: str, arg: Any) -> None:
-        stack = self._stack
+
+def interpret(pickled: bytes, source: str, make_tensor: Callable[..., Any]) -> Any:
+    """Returns what a pickle describes, where that is plain containers, scalars and tensors.
+
+    `make_tensor` is given each tensor's storage, offset, shape and stride. Raises ValueError, naming
+    `source`, for anything else.
+    """
+    machine, position = _Machine(make_tensor), 0
+    try:
+        for opcode, arg, at in pickletools.genops(pickled):
+            position = at
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            machine.step(opcode.name, arg)
+    except _Refused as e:
+        raise ValueError(f"{source}: {e}") from None
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as e:
+        raise ValueError(f"{source} is damaged: its pickle breaks at byte {position} ({e})") from e
+    raise ValueError(f"{source} is truncated: its pickle has no end")
+
+
+class _Machine:
+    """The stack machine that a pickle is a program for."""
+
+    def __init__(self, make_tensor: Callable[..., Any]):
+        self.stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._make_tensor = make_tensor
+
+    def step(self, op: str, arg: Any) -> None:
+        stack = self.stack
         if op in _PUSH_ARG:
             stack.append(arg)
         elif op in _PUSH_NEW:
@@ -144,7 +201,7 @@ class _Reader:
             self._top(list).extend(items)
         elif op in ("SETITEM", "SETITEMS"):
             items = self._pop(2) if op == "SETITEM" else self._pop_to_mark()
-            self._top(dict).update(zip(items[::2], items[1::2], strict=True))
+            self._set_items(items)
         elif op == "GLOBAL":
             stack.append(_admit(arg))
         elif op == "STACK_GLOBAL":
@@ -152,72 +209,49 @@ class _Reader:
         elif op == "BINPERSID":
             stack.append(_storage(stack.pop()))
         elif op in ("REDUCE", "NEWOBJ"):
-            name, args = self._pop(2)
-            stack.append(self._call(name, args))
+            stack.append(self._call(*self._pop(2)))
         elif op == "BUILD":
             stack.pop()  # The attributes of a dict or of the options: nothing needs them.
         elif op not in ("PROTO", "FRAME"):
             raise _Refused(f"its pickle uses {op}, which no file of tensors needs")
 
     def _pop(self, count: int) -> list[Any]:
-        if len(self._stack) < count:
-            raise IndexError("stack is empty")
-        items = self._stack[-count:]
-        del self._stack[-count:]
+        if len(self.stack) < count:
+            raise IndexError("its stack is empty")
+        items = self.stack[-count:]
+        del self.stack[-count:]
         return items
 
     def _pop_to_mark(self) -> list[Any]:
         items = []
-        while not isinstance(item := self._stack.pop(), _Mark):
+        while not isinstance(item := self.stack.pop(), _Mark):
             items.append(item)
         return items[::-1]
 
     def _top(self, kind: type) -> Any:
-        if not isinstance(self._stack[-1], kind):
+        if not isinstance(self.stack[-1], kind):
             raise TypeError(f"a {kind.__name__} is expected")
-        return self._stack[-1]
+        return self.stack[-1]
 
-    def _call(self, name: Any, args: tuple[Any, ...]) -> Any:
-        if name in (_Name(_DICT), _Name(_NAMESPACE)):
-            return dict(*args)
-        if name == _Name(_TENSOR):
-            return self._tensor(*args[:4])
-        if name == _Name(_PARAMETER):
+    def _set_items(self, items: list[Any]) -> None:
+        keys = items[::2]
+        if not all(isinstance(key, str | int) for key in keys):
+            raise TypeError("a dict with keys other than strings and integers")
+        self._top(dict).update(zip(keys, items[1::2], strict=True))
+
+    def _call(self, name: Any, args: Any) -> Any:
+        if not isinstance(name, _Name) or not isinstance(args, tuple):
+            raise TypeError("a call of something that is not callable")
+        if name.name in (_DICT, _NAMESPACE) and not args:
+            return {}
+        if name.name == _TENSOR:
+            return self._make_tensor(*args[:4])
+        if name.name == _PARAMETER:
             return args[0]
-        raise TypeError(f"{name} is not callable")
-
-    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
-        numbers = (offset, *shape, *stride)
-        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise TypeError("a tensor is described by other things than a storage and integers")
-        member = f"{self._root}/data/{storage.key}"
-        info = self._members.get(member)
-        size = storage.count * storage.dtype.itemsize
-        if info is None or info.file_size != size:
-            found = "is missing" if info is None else f"has {info.file_size} bytes"
-            raise _Refused(f"{member} {found}, expected {size} bytes: truncated or damaged")
-        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        count = int(np.prod(shape, dtype=object))
-        if count and (last >= storage.count or count > storage.count):
-            raise _Refused(f"a tensor of shape {shape} does not fit its storage {member}")
-        path = self._path
-
-        def load() -> np.ndarray:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    flat = np.frombuffer(archive.read(member), storage.dtype)
-            except (OSError, zipfile.BadZipFile, EOFError, KeyError) as e:
-                raise ValueError(f"{path}: {member} is damaged ({e}): fetch the file again") from e
-            if not count:
-                return np.zeros(shape, storage.dtype)
-            steps = [s * storage.dtype.itemsize for s in stride]
-            view = np.lib.stride_tricks.as_strided(flat[offset:], shape, steps, writeable=False)
-            return np.ascontiguousarray(view)
-
-        return Tensor(storage.dtype, tuple(shape), load)
+        raise TypeError(f"a call of {name.name} that no tensor needs")
 
 
-class _Refused(Exception):
+class _Refused(ValueError):
     """What the file holds is understood, and not accepted."""
 
 
@@ -239,10 +273,9 @@ def _storage(identifier: Any) -> _Storage:
     return _Storage(key, _STORAGES[storage.name], count)
 
 
-_PUSH_ARG = {
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1"),
-    *("BINFLOAT",),
-}
+_PUSH_ARG = frozenset(
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BININT BININT1 BININT2 LONG1 BINFLOAT".split()
+)
 _PUSH_NEW = {
     "MARK": _Mark,
     "EMPTY_DICT": dict,

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxseg.data import shapes, shapes_draw, shapes_forms
 from jaxseg.data.shapes import Shapes
+
+HERE = Path(__file__).resolve().parent
 
 
 def _digest(source, indices):
@@ -132,7 +135,7 @@ def test_memory_is_bounded(monkeypatch):
 
 def test_another_process_draws_the_same():
     code = (
-        "import sys; sys.path.insert(0, 'tests/data'); sys.path.insert(0, '.');"
+        f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parents[1])]!r};"
         "from test_shapes import Shapes, _digest; print(_digest(Shapes('train'), (0, 7, 1999)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,91 @@
+"""How fast a ViT runs forward, and what share of the machine's measured matrix-product rate that is.
+
+    python benchmarks/vit.py [--variant=dino_vits16] [--size=224] [--batch=8]
+
+Compares with a large square matrix product of the same dtype on the same device in the same run.
+Prints one Markdown table, a row for each dtype; the device is the one JAX picks (GPU if there is one).
+"""
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jaxseg.models import vit  # noqa: E402
+
+
+def best_seconds(function: Callable[..., jax.Array], *args: jax.Array, repeats: int) -> float:
+    """Returns the least time of `repeats` runs, after one that compiles."""
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def forward_flops(variant: vit.Variant, size: int) -> float:
+    """Floating-point operations of one image's matrix products (a multiply-add counts as two)."""
+    patches = (size // variant.patch) ** 2
+    n, d = patches + 1 + variant.registers, variant.dim
+    embed = 2 * patches * 3 * variant.patch**2 * d
+    block = 2 * n * d * d * (4 + 2 * variant.mlp_ratio) + 4 * n * n * d
+    return embed + variant.depth * block
+
+
+def matmul_rate(dtype: jnp.dtype, side: int, repeats: int) -> float:
+    """Returns the measured operations per second of a [side, side] matrix product."""
+    x = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
+    return 2 * side**3 / best_seconds(jax.jit(jnp.matmul), x, x, repeats=repeats)
+
+
+def measure(variant: vit.Variant, dtype: jnp.dtype, args: argparse.Namespace) -> str:
+    """Returns the table row of one dtype."""
+    model = vit.from_variant(variant, dtype=dtype)
+    image = jax.random.normal(jax.random.key(0), (args.batch, args.size, args.size, 3))
+    params = jax.jit(model.init)(jax.random.key(1), image[:1])
+    forward = jax.jit(lambda params, image: model.apply(params, image)["patches"])
+    seconds = best_seconds(forward, params, image, repeats=args.repeats)
+    rate = args.batch * forward_flops(variant, args.size) / seconds
+    reference = matmul_rate(dtype, args.matmul, args.repeats)
+    return (
+        f"| {variant.name} | {args.size} | {args.batch} | {jnp.dtype(dtype).name} "
+        f"| {1e3 * seconds:.1f} | {args.batch / seconds:.1f} | {rate / 1e9:.0f} "
+        f"| {reference / 1e9:.0f} | {100 * rate / reference:.0f} % |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--variant", default="dino_vits16", choices=list(vit.VARIANTS))
+    parser.add_argument("--size", type=int, default=224, help="side of the square images")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--matmul", type=int, help="side of the reference matrices")
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    args.matmul = args.matmul or (2048 if device.platform == "cpu" else 8192)
+    variant = vit.get_variant(args.variant)
+    print(
+        f"{device.device_kind} ({device.platform}), Python {platform.python_version()}, "
+        f"jax {jax.__version__}, flax {flax.__version__}\n"
+    )
+    print(
+        "| variant | size | batch | dtype | ms | images/s | GFLOP/s | matmul GFLOP/s | share |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
+    for dtype in (jnp.float32, jnp.bfloat16):
+        print(measure(variant, dtype, args), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Configs: every experiment is valid, and mistakes are named with what is allowed."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.common import get_base_config
+from jaxseg import config as checks
+from jaxseg import workdir as folder
+from jaxseg.config import ConfigError
+from jaxseg.models.vit import VARIANTS
+
+EXPERIMENTS = [
+    p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "common"
+]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_and_preset_is_valid(name):
+    module = importlib.import_module(f"configs.{name}")
+    for arg in (None, *module.PRESETS):
+        config = module.get_config(arg)
+        if config.data.name == "folder":
+            config.data.root = "somewhere"
+        checks.validate(config)
+        assert set(checks.flatten(config)) == set(checks.flatten(get_base_config()))
+    with pytest.raises(ValueError, match="allowed after the colon: .*runlocal"):
+        module.get_config("no_such_preset")
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.nope=1", "unknown key 'config.nope'; allowed in config: .*backbone.*train"),
+        ("--config.data.rooot=a", "unknown key 'config.data.rooot'; allowed in config.data: .*root"),
+        ("--config.data=a", "config.data is a section"),
+        ("--config.seed.x=1", "unknown key 'config.seed.x'"),
+        ("--config.seed=a", "config.seed='a' is no int"),
+        ("--config.seed=1.5", "config.seed='1.5' is no int"),
+        ("--config.optim.lr=fast", "config.optim.lr='fast' is no float"),
+        ("--config.eval.report=2", "config.eval.report='2' is no bool"),
+    ],
+)
+def test_wrong_overrides_are_named(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        checks.check_overrides([argument], get_base_config())
+
+
+def test_right_overrides_pass():
+    good = ["--config.seed=3", "--config.optim.lr=1", "--config.eval.report=false", "--workdir=x"]
+    checks.check_overrides([*good, "--config.data.categories=('a','b')"], get_base_config())
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("data.name", "imagenet", "shapes, folder, tfds"),
+        ("head.name", "best", "linear.*pac_course"),
+        ("eval.split", "validation", "train, val, test"),
+        ("backbone.variant", "vit", "dino_vits16"),
+        ("optim.lr", float("nan"), "0 to"),
+        ("train.batch", 0, "1 to"),
+        ("augment.flip", 1.5, "0 to 1"),
+        ("augment.scale", (2.0, 1.0), "low <= high"),
+        ("data.size", (480,), "two numbers"),
+        ("data.root", "x", "data.name=folder"),
+        ("loss.bce", 0.0, "bce, dice"),
+    ],
+)
+def test_values_outside_their_set_are_named(key, value, allowed):
+    config = get_base_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=allowed):
+        checks.validate(config)
+
+
+def _begin(workdir, config, **changes):
+    values = dict(variant=VARIANTS["vit_micro16"], size=(16, 16), categories=("a",), frozen_sha256="")
+    folder.begin(workdir, config, folder.Description(**(values | changes)))
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    config = get_base_config()
+    _begin(tmp_path, config)
+    _begin(tmp_path, config)
+    config.eval.split = "val"
+    _begin(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["eval"]["split"] == "val"
+    config.optim.lr = 0.5
+    with pytest.raises(ConfigError, match="(?s)another config.*optim.lr: 0.001 there, 0.5 now"):
+        _begin(tmp_path, config)
+    with pytest.raises(ConfigError, match="(?s)another model or data.*categories"):
+        _begin(tmp_path, get_base_config(), categories=("b",))
+
+
+def test_stored_config_comes_back(tmp_path):
+    config = get_base_config()
+    config.backbone.layers = (2, -1)
+    _begin(tmp_path, config)
+    loaded, description = folder.load(tmp_path, {"data.limit": 3})
+    assert loaded.backbone.layers == (2, -1) and loaded.data.limit == 3
+    assert description.variant == VARIANTS["vit_micro16"] and description.size == (16, 16)
+    with pytest.raises(ConfigError, match="head.name: 'guided' there, 'linear' now"):
+        folder.load(tmp_path, {"head.name": "linear"})
+    with pytest.raises(ConfigError, match="holds no run"):
+        folder.load(tmp_path / "other", {})
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to --workdir"):
+        _begin(tmp_path / "file" / "w", get_base_config())

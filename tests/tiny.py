@@ -1,0 +1,55 @@
+"""A run of seconds: the real config with few, small images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from configs.pac_objseg import get_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+OVERRIDES = {
+    "data.size": (32, 32),
+    "data.limit": 6,
+    "head.name": "linear",
+    "train.steps": 6,
+    "train.batch": 4,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "eval.batch": 4,
+    "eval.report": False,
+}
+
+
+def tiny_config(**changes):
+    """The default config with `OVERRIDES` and then `changes` (`data__limit=3` is data.limit)."""
+    config = get_config()
+    changes = {k.replace("__", "."): v for k, v in changes.items()}
+    config.update_from_flattened_dict(OVERRIDES | changes)
+    return config
+
+
+def run_main(*arguments: str, environment=None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs `main.py` as a user does, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def tiny_arguments(**changes) -> list[str]:
+    """The same overrides as command-line arguments."""
+    changes = {k.replace("__", "."): v for k, v in changes.items()}
+    return [f"--config.{key}={value}" for key, value in (OVERRIDES | changes).items()]
+
+
+def losses(workdir: Path) -> list[float]:
+    """The logged training losses, by step."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
