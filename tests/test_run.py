@@ -135,7 +135,7 @@ def test_cached_features_give_the_same_run_as_computed_ones(tmp_path):
 
 
 def test_unknown_data_is_named(tmp_path):
-    with pytest.raises(DataError, match="available: fish"):
+    with pytest.raises(ValueError, match="allowed: fish"):
         run.train(tiny_config(data__categories=("dog",)), tmp_path)
     with pytest.raises(DataError, match="nowhere"):
         run.train(tiny_config(data__name="folder", data__root="nowhere"), tmp_path)
@@ -145,3 +145,13 @@ def test_unknown_data_is_named(tmp_path):
 def test_eval_without_a_run(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         run.evaluate(tmp_path, {})
+
+
+@pytest.mark.parametrize("train", ["all", "none"])
+def test_a_workdir_is_a_source_of_weights(tmp_path, train):
+    run.train(tiny_config(backbone__train=train), tmp_path / "first")
+    second = tiny_config(backbone__weights=str(tmp_path / "first"))
+    run.train(second, tmp_path / "second")
+    first, then = (run.restore(tmp_path / n, {}) for n in ("first", "second"))
+    for a, b in zip(*(_leaves(r.params["backbone"]) for r in (first, then)), strict=True):
+        np.testing.assert_array_equal(a, b)

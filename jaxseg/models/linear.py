@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.models.initializers import uniform_fan_in
 from jaxseg.ops.resize import resize_bilinear, resize_nearest
 
 
@@ -29,7 +30,9 @@ class LinearProbe(nn.Module):
         `coarse` is given by the nearest form only: it is what that form is trained on.
         """
         del train
-        x = nn.Dense(self.outputs, name="classify")(features_BxhxwxC.astype(jnp.float32))
+        init = uniform_fan_in(features_BxhxwxC.shape[-1])
+        classify = nn.Dense(self.outputs, kernel_init=init, bias_init=init, name="classify")
+        x = classify(features_BxhxwxC.astype(jnp.float32))
         if self.resize == "bilinear":
             return resize_bilinear(x, image_BxHxWx3.shape[1:3]), {}
         return resize_nearest(x, image_BxHxWx3.shape[1] // x.shape[1]), {"coarse": x}

@@ -3,24 +3,13 @@
 The number of stages follows from the shapes: one per factor of two between features and image.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.models.initializers import uniform_fan_in
 from jaxseg.ops.pac import Kernel, pac_conv_transpose, pac_upsample_nearest
 from jaxseg.ops.resize import resize_bilinear
-
-
-def uniform_fan_in(fan_in: int):
-    """Initialiser U(+-1 / sqrt(fan_in)), for weights and biases alike (the default in torch)."""
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def stages(features_BxhxwxC: jax.Array, image_BxHxWx3: jax.Array) -> int:

@@ -275,8 +275,24 @@ def _readers(plan: _Plan, plane: int):
     ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mix(x_PxCxBxL, kernels, weight_TxCxO, plan: _Plan) -> list[jax.Array]:
+def _apart(function: Callable, first_row: jax.Array, *arguments):
+    """Calls function, whose arguments and results XLA on CPU then really stores.
+
+    Left alone it fuses a sum over channels into everything that reads it, and so computes the sum
+    again for every reader and channel. An optimization barrier does not stop it; a branch does.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*arguments)
+
+    def never(*arguments):
+        shapes = jax.eval_shape(function, *arguments)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return jax.lax.cond(first_row >= 0, function, never, *arguments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _mix(x_PxCxBxL, kernels, weight_TxCxO, first_row, plan: _Plan) -> list[jax.Array]:
     """Sum over taps of kernel times shifted product, per phase: OxBxN each."""
     n = plan.pixels
     zeros = jnp.zeros((weight_TxCxO.shape[-1], x_PxCxBxL.shape[2], n), x_PxCxBxL.dtype)
@@ -291,12 +307,17 @@ def _mix(x_PxCxBxL, kernels, weight_TxCxO, plan: _Plan) -> list[jax.Array]:
     return outputs
 
 
-def _mix_forward(x, kernels, weight, plan):
-    return _mix(x, kernels, weight, plan), (x, kernels, weight)
+def _mix_forward(x, kernels, weight, first_row, plan):
+    return _mix(x, kernels, weight, first_row, plan), (x, kernels, weight, first_row)
 
 
 def _mix_backward(plan, residuals, gradients):
-    x_PxCxBxL, kernels, weight = residuals
+    x, kernels, weight, first_row = residuals
+    gradient = functools.partial(_mix_gradient, plan)
+    return *_apart(gradient, first_row, x, kernels, weight, gradients), None
+
+
+def _mix_gradient(plan, x_PxCxBxL, kernels, weight, gradients):
     n, (_, c, b, length) = plan.pixels, x_PxCxBxL.shape
     o = weight.shape[-1]
     dk = [list(taps) for taps in kernels]
@@ -330,7 +351,7 @@ _mix.defvjp(_mix_forward, _mix_backward)
 def _conv_block(x, guide, centre, weight_TxCxO, kernel: Kernel, plan: _Plan, first_row):
     kernels = _kernels(guide, centre, kernel, plan, first_row)
     x_PxCxBxL = _split(x, plan.source_factor, plan)
-    return _merge(_mix(x_PxCxBxL, kernels, weight_TxCxO, plan), plan).astype(x.dtype)
+    return _merge(_mix(x_PxCxBxL, kernels, weight_TxCxO, first_row, plan), plan).astype(x.dtype)
 
 
 def _pool_block(x, guide, centre, weight: None, kernel: Kernel, plan: _Plan, first_row):

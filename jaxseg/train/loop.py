@@ -105,7 +105,7 @@ def make_train_step(
             # Short memory at first, so that the average does not remember the initialisation.
             decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
             mean = optax.incremental_update(params, mean, 1.0 - decay)
-        scalars = {"loss": loss, "gradient_norm": optax.global_norm(grads), **extra}
+        scalars = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **extra}
         return TrainState(state.step + 1, params, mean, opt_state), scalars
 
     return step

@@ -5,8 +5,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxseg.models.vit import Variant, get_variant
-from jaxseg.weights import catalog, convert, safetensors, torch_pickle
+from jaxseg.weights import catalog, convert, orbax, safetensors, torch_pickle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ def load(
 
     Args:
       name_or_path: a name in `catalog.CATALOG` (downloaded once), a `.pth` or `.safetensors` file,
-        or a folder with a checkpoint of our own.
+        or the workdir of one of our own runs.
       variant: a name in `VARIANTS` or a Variant that the file must fit; inferred if None.
       cache_dir: where downloads are kept; see `catalog.cache_folder`.
       branch: "teacher" or "student", for training files that hold both.
@@ -80,4 +83,8 @@ def _read(path: Path) -> Any:
 
 
 def _load_orbax(path: Path) -> Weights:
-    raise ValueError(f"{path} is a folder: reading our own checkpoints is not supported yet")
+    params, variant = orbax.read(path)
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return Weights(params, variant, str(path), digest.hexdigest())

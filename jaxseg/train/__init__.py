@@ -1,0 +1,1 @@
+"""One training loop: state, optimiser, placement, checkpoints, logs."""

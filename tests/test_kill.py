@@ -1,0 +1,76 @@
+"""Twenty SIGKILLs at random moments leave the run bit-identical to one that was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import ROOT, losses, tiny_arguments
+
+CONFIG = "--config=configs/pac_objseg.py"
+SETTINGS = dict(
+    head__name="pac_course",
+    data__limit=8,
+    train__steps=400,
+    train__checkpoint_every=10,
+    augment__flip=0.5,
+    optim__average=0.9,
+)
+KILLS = 20
+
+
+def _start(workdir):
+    arguments = [f"--workdir={workdir}", *tiny_arguments(**SETTINGS)]
+    return subprocess.Popen(
+        [sys.executable, "main.py", CONFIG, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def _parameters(workdir):
+    from jaxseg import run
+
+    restored = run.restore(workdir, {})
+    return restored.host(restored.params), restored.step
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path):
+    reference = _start(tmp_path / "reference")
+    begin = time.monotonic()
+    while not (tmp_path / "reference/metrics.jsonl").exists() and reference.poll() is None:
+        time.sleep(0.05)
+    start_up = time.monotonic() - begin
+    assert reference.wait(timeout=600) == 0, reference.stderr.read().decode()
+    whole = time.monotonic() - begin
+
+    # At most a twentieth of the way at a time, so that there is something left to kill.
+    latest = start_up + (whole - start_up) / KILLS
+    dice = random.Random(0)
+    for _ in range(KILLS):
+        process = _start(tmp_path / "killed")
+        try:
+            process.wait(timeout=dice.uniform(0.4 * start_up, latest))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        else:
+            pytest.fail(f"ended by itself, code {process.returncode}: {process.stderr.read()}")
+    last = _start(tmp_path / "killed")
+    assert last.wait(timeout=600) == 0, last.stderr.read().decode()
+
+    same = (tmp_path / "reference/eval.json", tmp_path / "killed/eval.json")
+    assert same[0].read_bytes() == same[1].read_bytes()
+    assert losses(tmp_path / "reference") == losses(tmp_path / "killed")
+    (expected, step), (found, other) = (_parameters(tmp_path / n) for n in ("reference", "killed"))
+    assert step == other == 400
+    import jax
+
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert a.tobytes() == b.tobytes()

@@ -1,0 +1,91 @@
+"""One device, eight devices, FSDP, and two processes of four give the same run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import ROOT, losses, run_main, tiny_arguments
+
+CONFIG = "--config=configs/pac_objseg.py"
+SETTINGS = dict(
+    head__name="pac_course",
+    data__limit=10,
+    train__batch=8,
+    train__steps=12,
+    optim__lr=3e-3,
+    augment__flip=0.5,
+    augment__brightness=0.2,
+    eval__batch=6,  # the last batch is short, and no multiple of eight
+)
+
+
+def _one_process(workdir, devices, **changes):
+    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    arguments = tiny_arguments(**(SETTINGS | changes))
+    done = run_main(CONFIG, f"--workdir={workdir}", *arguments, environment=environment)
+    assert done.returncode == 0, done.stderr
+    return losses(workdir), json.loads((workdir / "eval.json").read_text())
+
+
+def _two_processes(workdir):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    arguments = [f"--workdir={workdir}", "--distributed", *tiny_arguments(**SETTINGS)]
+    processes = []
+    for rank in range(2):
+        environment = {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(rank),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "main.py", CONFIG, *arguments],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return losses(workdir), json.loads((workdir / "eval.json").read_text())
+
+
+def _assert_same(a, b):
+    np.testing.assert_allclose(a[0], b[0], atol=1e-5)
+    assert a[1].keys() == b[1].keys()
+    for key, value in a[1].items():
+        if isinstance(value, float):
+            assert b[1][key] == pytest.approx(value, abs=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return _one_process(tmp_path_factory.mktemp("one") / "w", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+def test_eight_devices_equal_one(one_device, tmp_path, layout):
+    _assert_same(one_device, _one_process(tmp_path / "w", 8, sharding__params=layout))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(one_device, tmp_path):
+    _assert_same(one_device, _two_processes(tmp_path / "w"))
+
+
+@pytest.mark.slow
+def test_a_batch_smaller_than_the_devices(tmp_path):
+    one = _one_process(tmp_path / "one", 1, train__batch=3, train__steps=4)
+    eight = _one_process(tmp_path / "eight", 8, train__batch=3, train__steps=4)
+    _assert_same(one, eight)
