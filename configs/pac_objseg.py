@@ -14,7 +14,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated, see PRESETS."""
     presets = parse_presets(arg, PRESETS)
     config = get_base_config()
-    config.head.name = "pac_joint"
     if "course" in presets:
         config.data.name = "folder"
         config.head.name = "pac_course"

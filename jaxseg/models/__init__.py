@@ -5,6 +5,7 @@ from functools import partial
 
 import flax.linen as nn
 
+from jaxseg.models.guided import GuidedDecoder
 from jaxseg.models.linear import LinearProbe
 from jaxseg.models.pac import PacCourse, PacJointUpsample
 
@@ -14,4 +15,5 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "bilinear": partial(LinearProbe, resize="bilinear"),
     "pac_course": PacCourse,
     "pac_joint": PacJointUpsample,
+    "guided": GuidedDecoder,
 }

@@ -62,11 +62,6 @@ class _Plan:
         return self.columns + self.span[1]
 
     @property
-    def image_factors(self):
-        """By which x, guide and centre are split."""
-        return (self.source_factor, self.guide_factor, self.guide_factor)
-
-    @property
     def pixels(self) -> int:
         """Of a flattened block, per phase and image."""
         return self.rows * self.width
@@ -136,22 +131,17 @@ def _make_plan(window: Window, input_size: tuple[int, int], bytes_per_pixel: int
     )  # fmt: skip
 
 
-def _pad_image(x_BxHxWxC: jax.Array, factor: tuple[int, int], plan: _Plan) -> jax.Array:
-    """Zeros around x, so that every block finds its rows."""
-    _, height, width, _ = x_BxHxWxC.shape
-    tall = (plan.blocks * plan.rows + plan.span[0]) * factor[0]
-    wide = plan.width * factor[1]
-    top, left = plan.low[0] * factor[0], plan.low[1] * factor[1]
-    padding = ((0, 0, 0), (top, tall - top - height, 0), (left, wide - left - width, 0), (0, 0, 0))
-    return jax.lax.pad(x_BxHxWxC, jnp.zeros((), x_BxHxWxC.dtype), padding)
-
-
-def _split(x_BxHxWxC: jax.Array, factor: tuple[int, int], plan: _Plan) -> jax.Array:
-    """Every phase of a block's rows, flattened: PxCxBxL, L = pixels + reach."""
-    fh, fw = factor
-    batch, _, _, channels = x_BxHxWxC.shape
-    x = x_BxHxWxC.reshape(batch, -1, fh, plan.width, fw, channels).transpose(2, 4, 5, 0, 1, 3)
-    return _pad_ends(x.reshape(fh * fw, channels, batch, -1), 0, plan.span[1])
+def _split(x_BxHxWxC: jax.Array, factor: tuple[int, int], plan: _Plan) -> list[jax.Array]:
+    """Every phase of x, with zeros around, flattened: CxBxL each."""
+    (fh, fw), (batch, height, width, channels) = factor, x_BxHxWxC.shape
+    rows = plan.blocks * plan.rows + plan.span[0]
+    top, left = plan.low[0] * fh, plan.low[1] * fw
+    bottom, right = rows * fh - top - height, plan.width * fw - left - width
+    padding = ((0, 0, 0), (top, bottom, 0), (left, right, 0), (0, 0, 0))
+    x = jax.lax.pad(x_BxHxWxC, jnp.zeros((), x_BxHxWxC.dtype), padding)
+    x = x.reshape(batch, rows, fh, plan.width, fw, channels).transpose(2, 4, 5, 0, 1, 3)
+    x_PxCxBxL = _pad_ends(x.reshape(fh * fw, channels, batch, -1), 0, plan.span[1])
+    return [x_PxCxBxL[i] for i in range(fh * fw)]
 
 
 def _merge(phases_CxBxN: list[jax.Array], plan: _Plan) -> jax.Array:
@@ -178,44 +168,63 @@ def _sum_channels(term: Callable[[Any], jax.Array], channels: int) -> jax.Array:
     return functools.reduce(jnp.add, [term(c) for c in range(channels)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _distances(guide_PxGxBxL, centre_PxGxBxL, asymmetric: bool, plan: _Plan):
+def _apart(function: Callable, first_row: jax.Array, *arguments):
+    """Calls function, whose arguments and results XLA on CPU then really stores.
+
+    Left alone it fuses a sum into everything that reads it, and so computes it again for every
+    reader and channel; padding fused so keeps loops from being vectorised. An optimization barrier
+    does not stop it; a branch does.
+    """
+    if jax.default_backend() != "cpu":
+        return function(*arguments)
+
+    def never(*arguments):
+        shapes = jax.eval_shape(function, *arguments)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return jax.lax.cond(first_row >= 0, function, never, *arguments)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _distances(guides_GxBxL, centres_GxBxL, first_row, asymmetric: bool, plan: _Plan):
     """Squared distance to the centre, per phase and tap: BxN each."""
     kernel, n = Kernel(asymmetric=asymmetric), plan.pixels
 
     def d2(plane, shift, tap):
         def term(c):
-            neighbour = _at(guide_PxGxBxL[tap.guide[0], c], tap.guide[1], n)
-            return difference(neighbour, _at(centre_PxGxBxL[plane, c], shift, n), kernel) ** 2
+            neighbour = _at(guides_GxBxL[tap.guide[0]][c], tap.guide[1], n)
+            return difference(neighbour, _at(centres_GxBxL[plane][c], shift, n), kernel) ** 2
 
-        return _sum_channels(term, guide_PxGxBxL.shape[1])
+        return _sum_channels(term, guides_GxBxL[0].shape[0])
 
     pairs = zip(plan.centres, plan.phases, strict=True)
     return [[d2(plane, shift, tap) for tap in taps] for (plane, shift), taps in pairs]
 
 
-def _distances_forward(guide, centre, asymmetric, plan):
-    return _distances(guide, centre, asymmetric, plan), (guide, centre)
+def _distances_forward(guide, centre, first_row, asymmetric, plan):
+    return _distances(guide, centre, first_row, asymmetric, plan), (guide, centre, first_row)
 
 
 def _distances_backward(asymmetric, plan, residuals, gradients):
     """Gathers: every pixel collects from the windows in which it is a neighbour or the centre."""
-    guide, centre = residuals
-    kernel, n, reach, length = Kernel(asymmetric=asymmetric), plan.pixels, plan.reach, guide.shape[-1]
-    as_neighbour = [jnp.zeros_like(guide[0])] * len(guide)
-    as_centre = [jnp.zeros_like(centre[0])] * len(centre)
-    centre_wide = _pad_ends(centre, reach, reach)
-    for (plane, shift), taps, es in zip(plan.centres, plan.phases, gradients, strict=True):
+    guide, centre, first_row = residuals
+    kernel, n, reach = Kernel(asymmetric=asymmetric), plan.pixels, plan.reach
+    widen = functools.partial(jax.tree.map, lambda a: _pad_ends(a, reach, reach))
+    gradients_wide, centre_wide = _apart(widen, first_row, (gradients, centre))
+    as_neighbour = [jnp.zeros_like(plane) for plane in guide]
+    as_centre = [jnp.zeros_like(plane) for plane in centre]
+    for phase, ((plane, shift), taps) in enumerate(zip(plan.centres, plan.phases, strict=True)):
         middle, total = _at(centre[plane], shift, n), 0.0
-        for t, e in zip(taps, es, strict=True):
+        for i, t in enumerate(taps):
             p, s = t.guide
+            e = gradients[phase][i]
             total += 2.0 * e * difference(_at(guide[p], s, n), middle, kernel)
-            e_wide = _at(_pad_ends(e, reach, reach), reach - s, length)
-            centre_there = _at(centre_wide[plane], reach + shift - s, length)
-            as_neighbour[p] += 2.0 * e_wide * difference(guide[p], centre_there, kernel)
+            e = _at(gradients_wide[phase][i], reach - s, n + reach)
+            there = _at(centre_wide[plane], reach + shift - s, n + reach)
+            as_neighbour[p] += 2.0 * e * difference(guide[p], there, kernel)
         if taps:
-            as_centre[plane] -= _pad_ends(total, shift, length - n - shift)
-    return jnp.stack(as_neighbour), jnp.stack(as_centre)
+            as_centre[plane] -= _pad_ends(total, shift, reach - shift)
+    return as_neighbour, as_centre, None
 
 
 _distances.defvjp(_distances_forward, _distances_backward)
@@ -244,9 +253,7 @@ def _normalized(d2s: list[jax.Array], kernel: Kernel, valid: list[jax.Array]) ->
 
 def _kernels(guide, centre, kernel: Kernel, plan: _Plan, first_row) -> list[list[jax.Array]]:
     """Kernel values of a block per phase and tap: BxN each; the guide is its centre if None."""
-    guide = _split(guide, plan.guide_factor, plan)
-    centre = guide if centre is None else _split(centre, plan.guide_factor, plan)
-    d2s = _distances(guide, centre, kernel.asymmetric, plan)
+    d2s = _distances(guide, guide if centre is None else centre, first_row, kernel.asymmetric, plan)
     if not kernel.normalized:
         return jax.tree.map(lambda d2: similarity(d2, kernel), d2s)
     valid = [[_valid(t, plan, first_row) for t in taps] for taps in plan.phases]
@@ -275,29 +282,13 @@ def _readers(plan: _Plan, plane: int):
     ]
 
 
-def _apart(function: Callable, first_row: jax.Array, *arguments):
-    """Calls function, whose arguments and results XLA on CPU then really stores.
-
-    Left alone it fuses a sum over channels into everything that reads it, and so computes the sum
-    again for every reader and channel. An optimization barrier does not stop it; a branch does.
-    """
-    if jax.default_backend() != "cpu":
-        return function(*arguments)
-
-    def never(*arguments):
-        shapes = jax.eval_shape(function, *arguments)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    return jax.lax.cond(first_row >= 0, function, never, *arguments)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _mix(x_PxCxBxL, kernels, weight_TxCxO, first_row, plan: _Plan) -> list[jax.Array]:
+def _mix(xs_CxBxL, kernels, weight_TxCxO, first_row, plan: _Plan) -> list[jax.Array]:
     """Sum over taps of kernel times shifted product, per phase: OxBxN each."""
     n = plan.pixels
-    zeros = jnp.zeros((weight_TxCxO.shape[-1], x_PxCxBxL.shape[2], n), x_PxCxBxL.dtype)
+    zeros = jnp.zeros((weight_TxCxO.shape[-1], xs_CxBxL[0].shape[1], n), xs_CxBxL[0].dtype)
     outputs = [zeros] * len(plan.phases)
-    for plane, x in enumerate(x_PxCxBxL):
+    for plane, x in enumerate(xs_CxBxL):
         weights, readers = _readers(plan, plane)
         if not readers:
             continue
@@ -317,12 +308,12 @@ def _mix_backward(plan, residuals, gradients):
     return *_apart(gradient, first_row, x, kernels, weight, gradients), None
 
 
-def _mix_gradient(plan, x_PxCxBxL, kernels, weight, gradients):
-    n, (_, c, b, length) = plan.pixels, x_PxCxBxL.shape
+def _mix_gradient(plan, xs_CxBxL, kernels, weight, gradients):
+    n, (c, b, length) = plan.pixels, xs_CxBxL[0].shape
     o = weight.shape[-1]
     dk = [list(taps) for taps in kernels]
     dx, dw = [], jnp.zeros_like(weight)
-    for plane, x in enumerate(x_PxCxBxL):
+    for plane, x in enumerate(xs_CxBxL):
         weights, readers = _readers(plan, plane)
         if not readers:
             dx.append(jnp.zeros_like(x))
@@ -342,93 +333,80 @@ def _mix_gradient(plan, x_PxCxBxL, kernels, weight, gradients):
         dx.append(jax.lax.dot(wt, d).reshape(c, b, length))
         dw_here = jax.lax.dot_general(d, x.reshape(c, -1), (((1,), (1,)), ((), ())))
         dw = dw.at[weights].add(dw_here.reshape(-1, o, c).transpose(0, 2, 1))
-    return jnp.stack(dx), dk, dw
+    return dx, dk, dw
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _conv_block(x, guide, centre, weight_TxCxO, kernel: Kernel, plan: _Plan, first_row):
-    kernels = _kernels(guide, centre, kernel, plan, first_row)
-    x_PxCxBxL = _split(x, plan.source_factor, plan)
-    return _merge(_mix(x_PxCxBxL, kernels, weight_TxCxO, first_row, plan), plan).astype(x.dtype)
+def _conv_block(xs, guides, centres, weight_TxCxO, kernel: Kernel, plan: _Plan, first_row):
+    kernels = _kernels(guides, centres, kernel, plan, first_row)
+    return _merge(_mix(xs, kernels, weight_TxCxO, first_row, plan), plan).astype(xs[0].dtype)
 
 
-def _pool_block(x, guide, centre, weight: None, kernel: Kernel, plan: _Plan, first_row):
-    (values,) = _kernels(guide, centre, kernel, plan, first_row)
-    x_PxCxBxL = _split(x, plan.source_factor, plan)
-    shifted = [_at(x_PxCxBxL[t.source[0]], t.source[1], plan.pixels) for t in plan.phases[0]]
+def _pool_block(xs, guides, centres, weight: None, kernel: Kernel, plan: _Plan, first_row):
+    (values,) = _kernels(guides, centres, kernel, plan, first_row)
+    shifted = [_at(xs[t.source[0]], t.source[1], plan.pixels) for t in plan.phases[0]]
     y = functools.reduce(jnp.add, [k * s for k, s in zip(values, shifted, strict=True)])
-    return _merge([y], plan).astype(x.dtype)
+    return _merge([y], plan).astype(xs[0].dtype)
 
 
-def _kernel_block(x: None, guide, centre, weight: None, kernel: Kernel, plan: _Plan, first_row):
-    (values,) = _kernels(guide, centre, kernel, plan, first_row)
+def _kernel_block(xs: None, guides, centres, weight: None, kernel: Kernel, plan: _Plan, first_row):
+    (values,) = _kernels(guides, centres, kernel, plan, first_row)
     return _merge([jnp.stack(values)], plan)
 
 
 class _Inputs(NamedTuple):
-    """What a block computes on; images are padded and sliced to the block's rows."""
+    """What a block computes on."""
 
-    x: jax.Array | None
-    guide: jax.Array
-    centre: jax.Array | None  # the guide itself if None
+    xs: list[jax.Array] | None  # planes are CxBxL
+    guides: list[jax.Array]
+    centres: list[jax.Array] | None  # the guide's if None
     weight: jax.Array | None
     kernel: Kernel
 
-    def padded(self, plan: _Plan) -> "_Inputs":
-        return self._images(lambda image, factor: _pad_image(image, factor, plan), plan)
-
-    def rows(self, plan: _Plan, block: jax.Array) -> "_Inputs":
-        def cut(image, factor):
-            rows = (plan.rows + plan.span[0]) * factor[0]
-            return jax.lax.dynamic_slice_in_dim(image, block * plan.rows * factor[0], rows, axis=1)
-
-        return self._images(cut, plan)
-
-    def _images(self, change, plan: _Plan) -> "_Inputs":
-        images = [
-            None if image is None else change(image, factor)
-            for image, factor in zip(self[:3], plan.image_factors, strict=True)
-        ]
-        return _Inputs(*images, *self[3:])
+    def block(self, plan: _Plan, index: jax.Array) -> "_Inputs":
+        """The pixels that a block of the output needs."""
+        length = plan.pixels + plan.reach
+        planes = jax.tree.map(
+            lambda plane: jax.lax.dynamic_slice_in_dim(plane, index * plan.pixels, length, axis=-1),
+            self[:3],
+        )
+        return _Inputs(*planes, *self[3:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(block_function, plan: _Plan, inputs: _Inputs) -> jax.Array:
-    """All blocks of the output, one below the other; the rows of the last may be surplus."""
+def _run(function, plan: _Plan, inputs: _Inputs) -> jax.Array:
+    """The output BxHxWxO, block by block; its last rows may be surplus."""
 
-    def body(y, block):
-        rows = block_function(*inputs.rows(plan, block), plan, block * plan.rows)
-        return jax.lax.dynamic_update_slice_in_dim(y, rows, block * rows.shape[1], axis=1), None
+    def part(index):
+        return function(*inputs.block(plan, index), plan, index * plan.rows)
 
-    one = jax.eval_shape(lambda: block_function(*inputs.rows(plan, 0), plan, 0))
-    batch, rows, *rest = one.shape
-    y = jnp.zeros((batch, plan.blocks * rows, *rest), one.dtype)
+    def body(y, index):
+        rows = part(index)
+        return jax.lax.dynamic_update_slice_in_dim(y, rows, index * rows.shape[1], axis=1), None
+
+    one = jax.eval_shape(part, 0)
+    batch, height, *rest = one.shape
+    y = jnp.zeros((batch, plan.blocks * height, *rest), one.dtype)
     return jax.lax.scan(body, y, jnp.arange(plan.blocks))[0]
 
 
-def _run_forward(block_function, plan, inputs):
-    return _run(block_function, plan, inputs), inputs
+def _run_forward(function, plan, inputs):
+    return _run(function, plan, inputs), inputs
 
 
-def _run_backward(block_function, plan, inputs, dy):
-    height = dy.shape[1] // plan.blocks
+def _run_backward(function, plan, inputs, dy):
+    def add(total, part, start):
+        old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[-1], axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=-1)
 
-    def add(total, part, factor, block):
-        start = block * plan.rows * factor[0]
-        old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[1], axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=1)
-
-    def body(gradients, block):
-        rows = inputs.rows(plan, block)
-        _, pull = jax.vjp(lambda i: block_function(*i, plan, block * plan.rows), rows)
-        (parts,) = pull(jax.lax.dynamic_slice_in_dim(dy, block * height, height, axis=1))
-        images = [
-            None if part is None else add(total, part, factor, block)
-            for total, part, factor in zip(gradients[:3], parts[:3], plan.image_factors, strict=True)
-        ]
-        return _Inputs(*images, *jax.tree.map(jnp.add, gradients[3:], parts[3:])), None
+    def body(gradients, index):
+        _, pull = jax.vjp(lambda i: function(*i, plan, index * plan.rows), inputs.block(plan, index))
+        height = dy.shape[1] // plan.blocks
+        (parts,) = pull(jax.lax.dynamic_slice_in_dim(dy, index * height, height, axis=1))
+        planes = jax.tree.map(lambda t, p: add(t, p, index * plan.pixels), gradients[:3], parts[:3])
+        return _Inputs(*planes, *jax.tree.map(jnp.add, gradients[3:], parts[3:])), None
 
     zeros = jax.tree.map(jnp.zeros_like, inputs)
     return (jax.lax.scan(body, zeros, jnp.arange(plan.blocks))[0],)
@@ -437,9 +415,14 @@ def _run_backward(block_function, plan, inputs, dy):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _apply(block_function, window: Window, input_size, floats_per_pixel: int, inputs: _Inputs):
-    plan = _make_plan(window, input_size, 4 * floats_per_pixel * inputs.guide.shape[0])
-    y = _run(block_function, plan, inputs.padded(plan))
+def _apply(function, window: Window, floats_per_pixel: int, input_size, x, guide, centre, *rest):
+    plan = _make_plan(window, input_size, 4 * floats_per_pixel * guide.shape[0])
+    factors = (plan.source_factor, plan.guide_factor, plan.guide_factor)
+    planes = [
+        None if image is None else _split(image, factor, plan)
+        for image, factor in zip((x, guide, centre), factors, strict=True)
+    ]
+    y = _run(function, plan, _Inputs(*planes, *rest))
     height, width = window.output_size(input_size)
     return y[:, :height, :width]
 
@@ -447,19 +430,19 @@ def _apply(block_function, window: Window, input_size, floats_per_pixel: int, in
 def conv(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, weight_kxkxCxO, kernel: Kernel, window: Window):
     """Convolution, transposed convolution, or convolution of the repeated input: BxHoxWoxO."""
     weight_TxCxO = weight_kxkxCxO.reshape(-1, *weight_kxkxCxO.shape[2:])
-    inputs = _Inputs(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, weight_TxCxO, kernel)
-    floats = weight_TxCxO.shape[0] * weight_TxCxO.shape[2]
-    return _apply(_conv_block, window, x_BxHxWxC.shape[1:3], floats, inputs)
+    images = (x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG)
+    floats, size = weight_TxCxO.shape[0] * weight_TxCxO.shape[2], x_BxHxWxC.shape[1:3]
+    return _apply(_conv_block, window, floats, size, *images, weight_TxCxO, kernel)
 
 
 def pool(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, kernel: Kernel, window: Window) -> jax.Array:
     """Sum of every window times its kernel: BxHoxWoxC."""
-    inputs = _Inputs(x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG, None, kernel)
-    floats = x_BxHxWxC.shape[-1] + math.prod(window.size)
-    return _apply(_pool_block, window, x_BxHxWxC.shape[1:3], floats, inputs)
+    images = (x_BxHxWxC, guide_BxHxWxG, centre_BxHxWxG)
+    floats, size = x_BxHxWxC.shape[-1] + math.prod(window.size), x_BxHxWxC.shape[1:3]
+    return _apply(_pool_block, window, floats, size, *images, None, kernel)
 
 
 def kernel_BxHxWxT(guide_BxHxWxG, centre_BxHxWxG, kernel: Kernel, window: Window, input_size):
     """Kernel values of the T taps of every output pixel of a convolution."""
-    inputs = _Inputs(None, guide_BxHxWxG, centre_BxHxWxG, None, kernel)
-    return _apply(_kernel_block, window, input_size, math.prod(window.size), inputs)
+    images = (None, guide_BxHxWxG, centre_BxHxWxG)
+    return _apply(_kernel_block, window, math.prod(window.size), input_size, *images, None, kernel)
