@@ -186,7 +186,9 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, {cores} cores, {', '.join(versions)}")
     if "torch unfold" in names:
         print(f"largest relative difference from torch: {agree(SIZES[0], device):.1e}")
-    print("\n| input BxHxWxC | form | forward ms | x fast | forward + backward ms | x fast | peak MB |")
+    print(
+        "\n| input BxHxWxC | form | forward ms | x fast | forward + backward ms | x fast | peak MB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for size in SIZES:
         results = measure(size, names, device, options.repeats)

@@ -52,7 +52,15 @@ def get_base_config() -> ml_collections.ConfigDict:
             precision="float32",  # or bfloat16
         )
     )
-    config.head = ml_collections.ConfigDict(dict(name="guided"))
+    config.head = ml_collections.ConfigDict(
+        dict(
+            name="guided",
+            # Options of some heads; 0 and () leave the head's own default.
+            width=0,  # guided: channels of the context
+            guide_widths=(),  # guided: channels at 1/2, 1/4, ... of the image
+            channels=0,  # pac_joint: channels while upsampling
+        )
+    )
     config.loss = ml_collections.ConfigDict(dict(bce=1.0, dice=0.0, focal=0.0, jaccard=0.0))
     config.augment = ml_collections.ConfigDict(
         dict(flip=0.0, scale=(1.0, 1.0), brightness=0.0, contrast=0.0, saturation=0.0)

@@ -1,25 +1,53 @@
-"""Object segmentation: one class of object against the background, with a guided upsampler.
+"""Object segmentation: one class of object against the background, on ViT features.
 
-python main.py --config=configs/pac_objseg.py --workdir=W
+    python main.py --config=configs/pac_objseg.py --workdir=W
+
+Draws the `shapes` data set and trains a small ViT and the `guided` head together.
+
+Presets, after a colon:
+  real      images of your own on a frozen pretrained backbone (`--config.data.root=`,
+            `--config.backbone.weights=`): flips, BCE + Dice, features computed once.
+  course    exercise 4 of the TUM course cv3dst, with the course's own PAC network: BCE, Adam 5e-4,
+            batch 4, 5 epochs, images cropped to multiples of 16. `--config.head.name=linear` is its
+            part I. Two differences: batches run on across epochs, where the course's last batch of
+            an epoch is short; and the backbone sees ImageNet-normalised images, as its weights
+            expect (the course: `--config.backbone.normalization=none`).
+  runlocal  ten steps, to see that everything works.
 """
 
 import ml_collections
 
 from configs.common import get_base_config, parse_presets
 
-PRESETS = ("runlocal", "course")
+PRESETS = ("runlocal", "course", "real")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """The config; `arg` holds presets, comma separated, see PRESETS."""
+    """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
     config = get_base_config()
-    if "course" in presets:
+    config.loss.dice = 1.0
+    config.augment.flip = 0.5
+    config.optim.update(lr=3e-3, weight_decay=0.05, average=0.99)
+    config.head.guide_widths = (16, 32, 64)
+    config.train.update(batch=8, epochs=8.0, eval_every=500, checkpoint_every=250, log_every=50)
+    if "real" in presets or "course" in presets:
         config.data.name = "folder"
-        config.head.name = "pac_course"
-        config.optim.update(name="adam", lr=5e-4, schedule="constant", warmup=0.0, clip_norm=0.0)
-        config.train.update(batch=4, epochs=5.0, log_every=10)
+        config.head.guide_widths = ()
+        config.train.update(batch=4, eval_every=0, log_every=10)
         config.eval.batch = 4
+    if "real" in presets:
+        config.optim.average = 0.98
+        config.train.epochs = 30.0
+    if "course" in presets:
+        config.head.name = "pac_course"
+        config.loss.dice = 0.0
+        config.augment.flip = 0.0
+        config.optim.update(
+            name="adam", lr=5e-4, schedule="constant", warmup=0.0, clip_norm=0.0, average=0.0
+        )
+        config.train.epochs = 5.0
     if "runlocal" in presets:
-        config.train.update(steps=10, batch=8, log_every=2)
+        config.data.limit = 32
+        config.train.update(steps=10, log_every=2, eval_every=0)
     return config

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from jaxseg import weights
-from jaxseg.config import flatten
+from jaxseg.config import flatten, head_options
 from jaxseg.data import loader, sources
 from jaxseg.data.cache import DiskStore, FeatureCache, PreparedSource
 from jaxseg.models import HEADS
@@ -61,7 +61,7 @@ def make_model(config: ml_collections.ConfigDict, variant: Variant) -> Segmenter
     """The segmenter of a config."""
     return Segmenter(
         backbone=from_variant(variant, dtype=config.backbone.precision),
-        head=HEADS[config.head.name](outputs=1),
+        head=HEADS[config.head.name](outputs=1, **head_options(config)),
         stride=config.backbone.stride or default_stride(variant.patch),
         layers=tuple(config.backbone.layers),
         normalization=config.backbone.normalization,

@@ -34,7 +34,10 @@ def test_every_experiment_and_preset_is_valid(name):
     "argument, message",
     [
         ("--config.nope=1", "unknown key 'config.nope'; allowed in config: .*backbone.*train"),
-        ("--config.data.rooot=a", "unknown key 'config.data.rooot'; allowed in config.data: .*root"),
+        (
+            "--config.data.rooot=a",
+            "unknown key 'config.data.rooot'; allowed in config.data: .*root",
+        ),
         ("--config.data=a", "config.data is a section"),
         ("--config.seed.x=1", "unknown key 'config.seed.x'"),
         ("--config.seed=a", "config.seed='a' is no int"),
@@ -77,7 +80,9 @@ def test_values_outside_their_set_are_named(key, value, allowed):
 
 
 def _begin(workdir, config, **changes):
-    values = dict(variant=VARIANTS["vit_micro16"], size=(16, 16), categories=("a",), frozen_sha256="")
+    values = dict(
+        variant=VARIANTS["vit_micro16"], size=(16, 16), categories=("a",), frozen_sha256=""
+    )
     folder.begin(workdir, config, folder.Description(**(values | changes)))
 
 

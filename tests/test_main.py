@@ -47,7 +47,10 @@ def test_another_config_is_refused(workdir):
         (["--mode=fly"], "train, eval, predict|train\\|eval\\|predict"),
         (["stray"], "stray"),
         (["--config.data.name=folder", "--config.data.root=nowhere"], "nowhere"),
-        (["--config.backbone.weights=none.pth"], "none.pth.*neither a file nor one of.*dino_vits16"),
+        (
+            ["--config.backbone.weights=none.pth"],
+            "none.pth.*neither a file nor one of.*dino_vits16",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path, arguments, message):
@@ -106,7 +109,9 @@ def test_predict_on_pictures_of_every_kind(workdir, tmp_path):
     inputs, outputs = tmp_path / "in", tmp_path / "out"
     inputs.mkdir()
     _write_inputs(inputs)
-    done = run_main(f"--workdir={workdir}", "--mode=predict", f"--inputs={inputs}", f"--outputs={outputs}")
+    done = run_main(
+        f"--workdir={workdir}", "--mode=predict", f"--inputs={inputs}", f"--outputs={outputs}"
+    )
     assert done.returncode == 0, done.stderr
     sizes = {
         **{name: (120, 90) for name in ("plain", "grey", "alpha", "deep", "turned")},
@@ -129,7 +134,9 @@ def test_predict_goes_on_after_a_broken_image_and_says_so(workdir, tmp_path):
     inputs.mkdir()
     Image.new("RGB", (40, 40)).save(inputs / "good.png")
     (inputs / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
-    done = run_main(f"--workdir={workdir}", "--mode=predict", f"--inputs={inputs}", f"--outputs={outputs}")
+    done = run_main(
+        f"--workdir={workdir}", "--mode=predict", f"--inputs={inputs}", f"--outputs={outputs}"
+    )
     assert done.returncode == 1 and "broken.jpg" in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in outputs.iterdir()) == ["good_mask.png", "good_overlay.jpg"]
 

@@ -72,11 +72,16 @@ def test_absent_classes_are_left_out():
 def test_summary_pools_counts_and_splits_categories():
     prediction, mask, valid = _random_case(seed=5, n=2)
     counts = metrics.image_counts(*map(jnp.array, (prediction, mask, valid)))
-    sums = metrics.add(None, {**counts, "loss": np.array([[1.0, 2.0], [3.0, 1.0]]), "images": [1, 1]})
+    sums = metrics.add(
+        None, {**counts, "loss": np.array([[1.0, 2.0], [3.0, 1.0]]), "images": [1, 1]}
+    )
     result = metrics.summarize(sums, ["a", "b"])
     pooled = sum(_counted(prediction[i], mask[i], valid[i]) for i in range(2))
     assert result["iou"] == metrics.scores(pooled)["iou"]
-    assert result["categories"]["b"]["iou"] == metrics.scores(np.asarray(counts["confusion"][1]))["iou"]
+    assert (
+        result["categories"]["b"]["iou"]
+        == metrics.scores(np.asarray(counts["confusion"][1]))["iou"]
+    )
     assert result["loss"] == 4 / 3 and result["images"] == 2
 
 

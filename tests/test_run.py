@@ -97,7 +97,9 @@ def test_flat_loss_explodes_with_step_and_checkpoint_named(tmp_path):
     config = tiny_config(optim__lr=1e3, optim__name="sgd", optim__clip_norm=0.0, train__steps=40)
     config.optim.warmup = 0.5
     config.train.checkpoint_every = 1
-    with pytest.raises(NonFiniteLossError, match=r"loss is (nan|inf) at step \d+; last good.*step \d+"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss is (nan|inf) at step \d+; last good.*step \d+"
+    ):
         run.train(config, tmp_path)
 
 

@@ -31,7 +31,9 @@ def tiny_config(**changes):
     return config
 
 
-def run_main(*arguments: str, environment=None, timeout: float = 300) -> subprocess.CompletedProcess:
+def run_main(
+    *arguments: str, environment=None, timeout: float = 300
+) -> subprocess.CompletedProcess:
     """Runs `main.py` as a user does, in a process of its own."""
     return subprocess.run(
         [sys.executable, "main.py", *arguments],

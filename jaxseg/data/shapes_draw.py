@@ -90,7 +90,7 @@ def draw_skin(dice: Dice, ground: Array) -> Skin:
     def jitter(colour):
         return colour + (0.12 * dice.many(3) - 0.06).astype(np.float32).reshape(3, 1, 1)
 
-    base = jitter(ground if dice.chance(0.08) else dice.pick(PALETTE))
+    base = jitter(ground if dice.chance(0.05) else dice.pick(PALETTE))
     return Skin(
         base=base,
         accent=jitter(dice.pick(PALETTE)),

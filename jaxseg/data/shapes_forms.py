@@ -125,7 +125,7 @@ def leaf(dice: Dice) -> Shape:
     def distance(x, y):
         return _smooth_min(_lens(x, y, 1.0, width), _lens(x + 1.05, y, 0.4, 0.06), 0.06), None
 
-    eye = (0.45, -0.1, 0.12) if dice.chance(0.1) else None
+    eye = (0.45, -0.1, 0.12) if dice.chance(0.04) else None
     vein = None if dice.chance(0.3) else lambda x, y: _lens(x + 0.1, y, 0.9, 0.045)
     return Shape(distance, 1.5, 0.8 * width, eye, vein)
 
@@ -156,12 +156,12 @@ def star(dice: Dice) -> Shape:
         x, y = np.abs(x + fold * c), y + fold * s
         return _smooth_min(_lens(y - 0.42, x, 0.62, 0.5 * width), _length(x, y) - core, 0.2), None
 
-    return Shape(distance, 1.2, 0.2, (0.0, 0.0, 0.14) if dice.chance(0.1) else None)
+    return Shape(distance, 1.2, 0.2, (0.0, 0.0, 0.14) if dice.chance(0.04) else None)
 
 
 def disc(dice: Dice) -> Shape:
     a, b = dice.uniform(0.6, 0.8), dice.uniform(0.5, 0.8)
-    eye = (dice.uniform(0.15, 0.35), -0.1, 0.13) if dice.chance(0.15) else None
+    eye = (dice.uniform(0.15, 0.35), -0.1, 0.13) if dice.chance(0.05) else None
     return Shape(lambda x, y: (_ellipse(x, y, a, b), None), 0.95, 0.9 * min(a, b), eye)
 
 
@@ -176,7 +176,7 @@ def crescent(dice: Dice) -> Shape:
     def distance(x, y):
         return np.maximum(_length(x, y) - 0.85, cut - _length(x + shift, y)), None
 
-    eye = (0.55, -0.25, 0.1) if dice.chance(0.1) else None
+    eye = (0.55, -0.25, 0.1) if dice.chance(0.04) else None
     return Shape(distance, 0.95, 0.3, eye)
 
 
@@ -188,7 +188,7 @@ def box(dice: Dice) -> Shape:
         outside = _length(np.maximum(u, 0.0), np.maximum(v, 0.0))
         return outside + np.minimum(np.maximum(u, v), 0.0) - r, None
 
-    eye = (0.5 * a, -0.2 * b, 0.12) if dice.chance(0.1) else None
+    eye = (0.5 * a, -0.2 * b, 0.12) if dice.chance(0.04) else None
     return Shape(distance, 1.1, r + 0.1, eye, _flap(dice) if dice.chance(0.3) else None)
 
 
@@ -201,7 +201,7 @@ def pebble(dice: Dice) -> Shape:
         parts = [_length(x - cx, y - cy) - r for cx, cy, r in lumps]
         return functools.reduce(lambda p, q: _smooth_min(p, q, 0.3), parts), None
 
-    eye = (*lumps[0][:2], 0.13) if dice.chance(0.1) else None
+    eye = (*lumps[0][:2], 0.13) if dice.chance(0.04) else None
     return Shape(distance, 1.15, 0.4, eye)
 
 
@@ -212,7 +212,7 @@ def drop(dice: Dice) -> Shape:
         head = _length(x - 0.4, y) - radius
         return _smooth_min(head, _lens(x + 0.1, y, tail, 0.6 * radius), 0.25), None
 
-    eye = (0.58, -0.12, 0.12) if dice.chance(0.15) else None
+    eye = (0.58, -0.12, 0.12) if dice.chance(0.05) else None
     return Shape(distance, 1.5, 0.8 * radius, eye, _flap(dice) if dice.chance(0.2) else None)
 
 

@@ -33,7 +33,7 @@ def evaluate(
       label: for the progress.
 
     Returns:
-      (metrics, [(example index, its foreground IoU)]), the same on every process.
+      (metrics, [(example index, its foreground IoU or -1)]), the same on every process.
     """
     step = jax.jit(task.sums, out_shardings=partition.replicated(mesh))
     sums, images, done = None, [], 0

@@ -34,8 +34,12 @@ _MISSED, _ADDED, _OVERLAY = (230, 159, 0), (0, 114, 178), (0, 200, 120)
 def pick_examples(
     images: Sequence[tuple[int, float]], each: int = 2
 ) -> list[tuple[str, int, float]]:
-    """The best, median and worst images as (label, example index, IoU), without repeats."""
-    ranked = sorted(images, key=lambda pair: (-pair[1], pair[0]))
+    """The best, median and worst images as (label, example index, IoU), without repeats.
+
+    Images that rightly show nothing (IoU -1) are left out, unless there are no others.
+    """
+    shown = [pair for pair in images if pair[1] >= 0] or images
+    ranked = sorted(shown, key=lambda pair: (-pair[1], pair[0]))
     middle = max(0, len(ranked) // 2 - each // 2)
     groups = {
         "best": ranked[:each],

@@ -1,10 +1,9 @@
 """The library's own head: object context on the token grid, then a light decoder led by the image.
 
 A frozen backbone says *what* is where, on a grid 8 or 16 times too coarse; the image says *where* it
-ends. The context part works on tokens only and is kept blind to anything but how a token differs
-from the rest of its image, which is what carries over to objects never seen in training. The decoder
-adds the image back level by level, as in U-Net, but in space-to-depth form: full resolution is never
-convolved, its 2x2 blocks are channels at half of it, so that a step stays affordable on a CPU.
+ends. The context part works on tokens only. The decoder adds the image back level by level, as in
+U-Net, but in space-to-depth form: full resolution is never convolved, its 2x2 blocks are channels at
+half of it, so that a step stays affordable on a CPU.
 """
 
 import flax.linen as nn
@@ -45,10 +44,9 @@ def double(x_BxHxWxC: jax.Array) -> jax.Array:
 
 
 class TokenContext(nn.Module):
-    """What a token is, seen against the rest of its image: `B x h x w x width`.
+    """Tokens seen among their neighbours: `B x h x w x width`.
 
-    The mean token of the image is taken away and the scale made one: scene and brightness go, and
-    the differences within the image stay. Then a projection and residual dilated 3x3 convolutions.
+    Every token is standardised, then projected; residual dilated 3x3 convolutions follow.
 
     Attributes:
       width: channels, a multiple of 8.
@@ -58,18 +56,17 @@ class TokenContext(nn.Module):
 
     width: int = 64
     dilations: tuple[int, ...] = (1, 2, 4)
-    dropout: float = 0.3
+    dropout: float = 0.1
 
     @nn.compact
     def __call__(self, features_BxhxwxC: jax.Array, *, train: bool = False) -> jax.Array:
         x = features_BxhxwxC.astype(jnp.float32)
-        x = x - x.mean((1, 2), keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean((1, 2, 3), keepdims=True) + 1e-6)
+        x = nn.LayerNorm(use_bias=False, use_scale=False, name="standardise")(x)
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = nn.gelu(nn.GroupNorm(8, name="norm")(nn.Dense(self.width, name="project")(x)))
-        for d in self.dilations:
-            y = nn.Conv(self.width, (3, 3), kernel_dilation=(d, d), name=f"dilated{d}")(x)
-            x = x + nn.gelu(nn.GroupNorm(8, name=f"norm{d}")(y))
+        for i, d in enumerate(self.dilations):
+            y = nn.Conv(self.width, (3, 3), kernel_dilation=(d, d), name=f"dilated{i}")(x)
+            x = x + nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(y))
         return x
 
 
@@ -90,7 +87,7 @@ class GuidedDecoder(nn.Module):
     outputs: int = 1
     width: int = 64
     dilations: tuple[int, ...] = (1, 2, 4)
-    dropout: float = 0.3
+    dropout: float = 0.1
     guide_widths: tuple[int, ...] = (8, 16, 32)
 
     @nn.compact
@@ -119,7 +116,9 @@ class GuidedDecoder(nn.Module):
             zero = nn.initializers.zeros
             correct = nn.Conv(self.outputs, (3, 3), kernel_init=zero, name=f"correct{level}")
             logits = double(logits) + correct(x)
-        correct = nn.Conv(4 * self.outputs, (3, 3), kernel_init=nn.initializers.zeros, name="correct0")
+        correct = nn.Conv(
+            4 * self.outputs, (3, 3), kernel_init=nn.initializers.zeros, name="correct0"
+        )
         return double(logits) + depth_to_space(correct(x)), {"context": context}
 
     def _pyramid(self, image_BxHxWx3: jax.Array, levels: int) -> list[jax.Array]:

@@ -54,8 +54,8 @@ VARIANTS: dict[str, Variant] = {
         *_dinov2("dinov2_vitb14", 768, 12, 12),
         *_dinov2("dinov2_vitl14", 1024, 24, 16),
         # Ours: small enough to train together with a head on a laptop.
-        Variant("vit_micro16", 16, 192, 4, 3, grid=8),
-        Variant("vit_micro8", 8, 192, 4, 3, grid=16),
+        Variant("vit_micro16", 16, 128, 4, 4, grid=8),
+        Variant("vit_micro8", 8, 128, 4, 4, grid=16),
     ]
 }
 

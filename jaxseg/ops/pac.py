@@ -275,6 +275,6 @@ def _output_size(window: Window, size: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(
             f"an input of {size[0]}x{size[1]} gives an output of {output[0]}x{output[1]} with a "
             f"{window.size[0]}x{window.size[1]} window of dilation {window.dilation} and padding "
-            f"{window.padding}: it must be at least 1x1"
+            f"{window.low}: it must be at least 1x1"
         )
     return output

@@ -26,7 +26,7 @@ import numpy as np
 from jaxseg.ops.pac_window import Kernel, Window, difference, similarity
 
 _WRITTEN_OUT = 128  # longest sum over channels that is written out: compile time grows with it
-_BLOCK_BYTES = {"cpu": 4 << 20}  # of the products of one block: a core's share of cache
+_BLOCK_BYTES = {"cpu": 2 << 20}  # of the products of one block: a core's share of cache
 _BLOCK_BYTES_ELSEWHERE = 1 << 30
 
 
@@ -96,7 +96,11 @@ def _make_plan(window: Window, input_size: tuple[int, int], bytes_per_pixel: int
     grid = tuple(-(-n // z) for n, z in zip(output, window.zoom, strict=True))
     axes = [list(_axis_taps(window, a, input_size[a], grid[a])) for a in (0, 1)]
     shifts = [
-        [place[1] for centre, taps in axis for place in (centre, *(p for t in taps for p in t[1:3]))]
+        [
+            place[1]
+            for centre, taps in axis
+            for place in (centre, *(p for t in taps for p in t[1:3]))
+        ]
         for axis in axes
     ]
     low = tuple(max(0, -min(s)) for s in shifts)
@@ -123,7 +127,8 @@ def _make_plan(window: Window, input_size: tuple[int, int], bytes_per_pixel: int
         ]
         phases.append(tuple(taps))
     budget = _BLOCK_BYTES.get(jax.default_backend(), _BLOCK_BYTES_ELSEWHERE)
-    blocks = -(-grid[0] // max(4, budget // (bytes_per_pixel * width)))
+    # With one block XLA would unroll the loop, and undo what `_apart` does.
+    blocks = max(2, -(-grid[0] // max(4, budget // (bytes_per_pixel * width))))
     rows_per_block = -(-grid[0] // blocks)
     return _Plan(
         window, grid[1], blocks, rows_per_block, low, span, window.stride, guide_factor,
@@ -238,16 +243,17 @@ def _valid(tap: _Tap, plan: _Plan, first_row: jax.Array) -> jax.Array:
     return (rows[:, None] & columns).reshape(1, -1)
 
 
-def _normalized(d2s: list[jax.Array], kernel: Kernel, valid: list[jax.Array]) -> list[jax.Array]:
+def _normalized(d2s: list[jax.Array], kernel: Kernel, valid: list[jax.Array], first_row):
     """Kernel values of one phase that sum to 1 over the valid taps."""
     if kernel.kind == "gaussian":
         # The nearest valid neighbour counts 1 before the division, so that the sum cannot vanish.
         masked = [jnp.where(v, d2, jnp.inf) for d2, v in zip(d2s, valid, strict=True)]
-        nearest = functools.reduce(jnp.minimum, masked)
-        nearest = jax.lax.stop_gradient(jnp.where(jnp.isinf(nearest), 0.0, nearest))
+        least = functools.partial(functools.reduce, jnp.minimum)
+        nearest = _apart(least, first_row, jax.lax.stop_gradient(masked))
+        nearest = jnp.where(jnp.isinf(nearest), 0.0, nearest)
         d2s = [jnp.where(v, d2 - nearest, 0.0) for d2, v in zip(d2s, valid, strict=True)]
     values = [jnp.where(v, similarity(d2, kernel), 0.0) for d2, v in zip(d2s, valid, strict=True)]
-    total = functools.reduce(jnp.add, values)
+    total = _apart(functools.partial(functools.reduce, jnp.add), first_row, values)
     return [value / jnp.where(total == 0.0, 1.0, total) for value in values]
 
 
@@ -258,7 +264,7 @@ def _kernels(guide, centre, kernel: Kernel, plan: _Plan, first_row) -> list[list
         return jax.tree.map(lambda d2: similarity(d2, kernel), d2s)
     valid = [[_valid(t, plan, first_row) for t in taps] for taps in plan.phases]
     pairs = zip(d2s, valid, strict=True)
-    return [_normalized(d2, kernel, v) if d2 else [] for d2, v in pairs]
+    return [_normalized(d2, kernel, v, first_row) if d2 else [] for d2, v in pairs]
 
 
 def _products(x_CxBxL: jax.Array, weight_TxCxO: jax.Array) -> jax.Array:
@@ -402,7 +408,9 @@ def _run_backward(function, plan, inputs, dy):
         return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=-1)
 
     def body(gradients, index):
-        _, pull = jax.vjp(lambda i: function(*i, plan, index * plan.rows), inputs.block(plan, index))
+        _, pull = jax.vjp(
+            lambda i: function(*i, plan, index * plan.rows), inputs.block(plan, index)
+        )
         height = dy.shape[1] // plan.blocks
         (parts,) = pull(jax.lax.dynamic_slice_in_dim(dy, index * height, height, axis=1))
         planes = jax.tree.map(lambda t, p: add(t, p, index * plan.pixels), gradients[:3], parts[:3])

@@ -4,7 +4,6 @@ Readable and slow: k * k copies of the input, and a ruinous gradient on CPU. The
 `pac_fast.py` is tested against this one.
 """
 
-
 import jax
 import jax.numpy as jnp
 

@@ -105,7 +105,10 @@ class SegmentationTask:
     def sums(
         self, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Evaluation sums by category, and `index`, `valid` and `foreground_iou` of each image."""
+        """Evaluation sums by category, and `index`, `valid` and `foreground_iou` of each image.
+
+        An image without foreground, rightly predicted, has no foreground IoU: it is -1.
+        """
         logits, aux = self.logits(params, batch)
         mask, valid = batch["mask"], batch["valid"]
         counts = image_counts(self._decide(logits), mask == 1, mask != VOID)
@@ -129,7 +132,7 @@ class SegmentationTask:
         images = {
             "index": batch["index"],
             "valid": valid,
-            "foreground_iou": jnp.where(union > 0, hit / jnp.maximum(union, 1), 1.0),
+            "foreground_iou": jnp.where(union > 0, hit / jnp.maximum(union, 1), -1.0),
         }
         return jax.tree.map(by_category, counts), images
 

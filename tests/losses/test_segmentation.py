@@ -73,6 +73,10 @@ def test_extreme_logits_stay_finite(name):
 def test_binary_loss_weighs_its_terms():
     logits, labels = jnp.array([[0.3, -1.0]]), jnp.array([[1, 0]])
     valid = jnp.ones((1, 2))
-    got = segmentation.binary_loss(logits, labels, valid, weights={"bce": 2.0, "dice": 0.5, "focal": 0.0})
-    want = 2 * segmentation.bce(logits, labels, valid) + 0.5 * segmentation.dice(logits, labels, valid)
+    got = segmentation.binary_loss(
+        logits, labels, valid, weights={"bce": 2.0, "dice": 0.5, "focal": 0.0}
+    )
+    want = 2 * segmentation.bce(logits, labels, valid) + 0.5 * segmentation.dice(
+        logits, labels, valid
+    )
     np.testing.assert_allclose(got, want, rtol=1e-6)

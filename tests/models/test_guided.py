@@ -1,5 +1,7 @@
 """The guided decoder: shapes, what it depends on, gradients, and its resampling against slow forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,22 +11,31 @@ from jaxseg.models.guided import GuidedDecoder, depth_to_space, double, space_to
 
 
 def _inputs(h, w, factor, channels=24, batch=2, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 2)
-    features = jax.random.normal(keys[0], (batch, h, w, channels), dtype)
-    return features, jax.random.uniform(keys[1], (batch, h * factor, w * factor, 3))
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(batch, h, w, channels)).astype(np.float32)
+    image = rng.uniform(size=(batch, h * factor, w * factor, 3)).astype(np.float32)
+    return jnp.asarray(features, dtype), jnp.asarray(image)
 
 
 def _small(**options):
     return GuidedDecoder(**{"width": 8, "dilations": (1, 2), "guide_widths": (4, 6), **options})
 
 
+@partial(jax.jit, static_argnums=0)
+def _apply(head, params, features, image):
+    return head.apply(params, features, image)
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(head, features, image):
+    return head.init(jax.random.key(1), features, image)
+
+
 def _init(head, features, image):
     """Parameters moved off their start, where the decoder's correction is zero."""
-    params = head.init(jax.random.key(1), features, image)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    params = _start(head, features, image)
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
 
 
 @pytest.mark.parametrize(("h", "w", "factor"), [(3, 5, 16), (4, 3, 8), (1, 2, 4)])
@@ -42,7 +53,7 @@ def test_logits_have_the_images_size(h, w, factor):
 def test_parameters_serve_every_image_size():
     head = _small()
     params = _init(head, *_inputs(3, 4, 8))
-    logits, _ = head.apply(params, *_inputs(5, 2, 8))
+    logits, _ = _apply(head, params, *_inputs(5, 2, 8))
     assert logits.shape == (2, 40, 16, 1)
     assert np.isfinite(logits).all()
 
@@ -61,20 +72,20 @@ def test_sizes_that_do_not_fit_are_named():
 
 def test_starts_as_the_bilinear_upsampling_of_the_context():
     features, image = _inputs(3, 4, 8)
-    (logits, aux), _ = _small().init_with_output(jax.random.key(0), features, image)
-    expected = jax.image.resize(aux["context"], logits.shape, "bilinear")
-    # Three doublings are not one bilinear upsampling by 8, but they agree on what is flat.
-    np.testing.assert_allclose(logits.mean(), expected.mean(), atol=1e-2)
-    other, _ = _small().init_with_output(jax.random.key(0), features, 1.0 - image)
-    np.testing.assert_array_equal(other[0], logits)
+    head = _small()
+    params = _start(head, features, image)
+    logits, aux = _apply(head, params, features, image)
+    np.testing.assert_allclose(logits, double(double(double(aux["context"]))), atol=1e-5)
+    other, _ = _apply(head, params, features, 1.0 - image)
+    np.testing.assert_array_equal(other, logits)
 
 
 def test_the_image_changes_the_logits_only_nearby():
     head = _small()
     features, image = _inputs(4, 6, 8)
     params = _init(head, features, image)
-    before, _ = head.apply(params, features, image)
-    after, _ = head.apply(params, features, image.at[:, 8, 8].set(0.0))
+    before, _ = _apply(head, params, features, image)
+    after, _ = _apply(head, params, features, image.at[:, 8, 8].set(0.0))
     change = np.abs(after - before).max((0, 3))
     assert change[8, 8] > 1e-5
     assert change[:, 40:].max() < 1e-6
@@ -113,8 +124,8 @@ def test_half_precision_features_are_read_in_float32():
     features, image = _inputs(3, 4, 8)
     params = _init(head, features, image)
     half = features.astype(jnp.bfloat16)
-    got, _ = head.apply(params, half, image)
-    expected, _ = head.apply(params, half.astype(jnp.float32), image)
+    got, _ = _apply(head, params, half, image)
+    expected, _ = _apply(head, params, half.astype(jnp.float32), image)
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, expected)
 
@@ -123,12 +134,14 @@ def test_dropout_needs_training():
     head = _small(dropout=0.5)
     features, image = _inputs(3, 4, 8)
     params = _init(head, features, image)
-    runs = [
-        head.apply(params, features, image, train=train, rngs={"dropout": jax.random.key(k)})[0]
-        for train, k in ((False, 0), (False, 1), (True, 0), (True, 1))
-    ]
-    np.testing.assert_array_equal(runs[0], runs[1])
-    assert np.abs(runs[2] - runs[3]).max() > 1e-4
+
+    @partial(jax.jit, static_argnames="train")
+    def run(seed, train):
+        rngs = {"dropout": jax.random.key(seed)}
+        return head.apply(params, features, image, train=train, rngs=rngs)[0]
+
+    np.testing.assert_array_equal(run(0, False), run(1, False))
+    assert np.abs(run(0, True) - run(1, True)).max() > 1e-4
 
 
 def test_double_is_bilinear_resizing():

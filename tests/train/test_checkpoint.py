@@ -84,7 +84,9 @@ def test_all_damaged_is_an_error(tmp_path):
 
 def test_checksum_sees_swaps_and_single_bits():
     a = jnp.arange(1000, dtype=jnp.float32)
-    sums = {int(checkpoint._checksum(x)) for x in (a, a[::-1], a.at[500].add(2**-14), a.at[0].set(-0.0))}
+    sums = {
+        int(checkpoint._checksum(x)) for x in (a, a[::-1], a.at[500].add(2**-14), a.at[0].set(-0.0))
+    }
     assert len(sums) == 4
 
 
