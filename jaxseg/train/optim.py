@@ -4,7 +4,7 @@ import jax
 import ml_collections
 import optax
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "poly")
 
 
@@ -44,9 +44,33 @@ def make_optimizer(
     steps += {
         "adam": lambda: [optax.adam(schedule)],
         "adamw": lambda: [optax.adamw(schedule, weight_decay=config.weight_decay, mask=decay_mask)],
+        "muon": lambda: [
+            optax.contrib.muon(
+                schedule,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=decay_mask,
+                # Updates as large as Adam's usually are, so that one learning rate serves both.
+                consistent_rms=0.2,
+                muon_weight_dimension_numbers=_matrices,
+            )
+        ],
         "sgd": lambda: [
             optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
             optax.sgd(schedule, momentum=0.9),
         ],
     }[config.name]()
     return optax.chain(*steps)
+
+
+def _matrices(params):
+    """Which tensors Muon treats as matrices: the kernels, with all input axes as one.
+
+    Embeddings, biases, scales and single-output kernels are left to AdamW.
+    """
+
+    def leaf(path, x):
+        if path[-1].key != "kernel" or x.ndim < 2 or x.shape[-1] < 4:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
