@@ -1,0 +1,36 @@
+"""Names of outputs and sizes at which images are segmented."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxseg.predict import output_names, working_shape
+
+
+def test_names_are_stems_and_clashes_are_told_apart():
+    paths = [Path(p) for p in ("a/x.jpg", "b/x.jpg", "c/y.png", "c/y.jpg", "d/z.png")]
+    assert output_names(paths) == ["a_x", "b_x", "c_y_png", "c_y_jpg", "z"]
+    awkward = [Path(p) for p in ("a/b/x.png", "c/b/x.png", "x.png")]
+    assert len(set(output_names(awkward))) == 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 5000), (480, 854), (10, 4000), (4000, 10)])
+def test_working_shape_is_a_multiple_with_about_the_trained_area(size):
+    height, width = working_shape(*size, trained=(480, 848), stride=16)
+    assert height % 16 == width % 16 == 0
+    assert 0.6 < height * width / (480 * 848) < 1.6
+    assert 1 / 5 < height / width < 5
+
+
+def test_the_trained_shape_is_kept():
+    assert working_shape(480, 854, trained=(480, 848), stride=16) == (480, 848)
+    assert working_shape(1080, 1920, trained=(480, 848), stride=16) == (480, 848)
+
+
+def test_few_shapes_are_compiled():
+    shapes = {
+        working_shape(h, w, trained=(480, 848), stride=16)
+        for h in range(200, 1000, 40)
+        for w in range(200, 1000, 40)
+    }
+    assert len(shapes) < 60
