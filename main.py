@@ -30,8 +30,11 @@ def _parse(argv: list[str]) -> list[str]:
         base = flags.FlagValues()
         holder = config_flags.DEFINE_config_file("config", None, flag_values=base)
         base([a for a in argv if not a.startswith(("--config.", "-config."))], known_only=True)
+        overrides = [a for a in argv if a.startswith(("--config.", "-config."))]
         if holder.value is not None:
-            checks.check_overrides(argv, holder.value)
+            checks.check_overrides(overrides, holder.value)
+        elif overrides:
+            raise ValueError(f"{overrides[0]} needs --config=configs/FILE.py as well")
         return flags.FLAGS(argv)
     except (flags.Error, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> None:
         modes.main(
             _MODE.value,
             config=_CONFIG.value,
-            overrides=flags.FLAGS["config"].override_values,
+            overrides=flags.FLAGS["config"].override_values if _CONFIG.value is not None else {},
             workdir=Path(_WORKDIR.value),
             inputs=_INPUTS.value,
             outputs=_OUTPUTS.value,

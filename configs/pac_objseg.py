@@ -29,11 +29,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.loss.dice = 1.0
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=3e-3, weight_decay=0.05, average=0.99)
-    config.head.guide_widths = (16, 32, 64)
     config.train.update(batch=8, epochs=7.0, eval_every=500, checkpoint_every=250, log_every=50)
     if "real" in presets or "course" in presets:
         config.data.name = "folder"
-        config.head.guide_widths = ()
         config.train.update(batch=4, eval_every=0, log_every=10)
         config.eval.batch = 4
     if "real" in presets:

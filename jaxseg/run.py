@@ -42,6 +42,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       What is written to `eval.json`.
     """
     validate(config)
+    _train(config, workdir)
+    # From the checkpoint, as `--mode=eval` does it, so that the two cannot differ.
+    return evaluate(workdir, {})
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     source = make_source(config, "train")
     backbone = Backbone.load(config)
     task = make_task(config, make_model(config, backbone.variant), source)
@@ -54,19 +60,19 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     frozen_on_mesh = partition.put_tree(frozen, shardings)
     save_frozen(workdir, frozen_on_mesh)
     reader = Reader(config, task, source, frozen=frozen, digest=digest, train=True)
-    steps = total_steps(config, len(source))
-    learning_rate = optim.make_schedule(config.optim, steps)
-    trainer = loop.Trainer(
+    schedule = loop.Schedule(
+        steps=total_steps(config, len(source)),
+        log_every=config.train.log_every,
+        eval_every=config.train.eval_every,
+        checkpoint_every=config.train.checkpoint_every,
+        average=config.optim.average,
+    )
+    learning_rate = optim.make_schedule(config.optim, schedule.steps)
+    loop.Trainer(
         task=dataclasses.replace(task, augmentation=reader.augmentation),
         optimizer=optim.make_optimizer(config.optim, learning_rate),
         learning_rate=learning_rate,
-        schedule=loop.Schedule(
-            steps=steps,
-            log_every=config.train.log_every,
-            eval_every=config.train.eval_every,
-            checkpoint_every=config.train.checkpoint_every,
-            average=config.optim.average,
-        ),
+        schedule=schedule,
         mesh=mesh,
         layout=config.sharding.params,
         batches=reader.train_batches,
@@ -74,10 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         seed=config.seed,
         workdir=workdir,
         evaluate=_validation(config, task, frozen, frozen_on_mesh, digest, mesh),
-    )
-    trainer.run(params, frozen_on_mesh)
-    # From the checkpoint, as `--mode=eval` does it, so that the two cannot differ.
-    return evaluate(workdir, {})
+    ).run(params, frozen_on_mesh)
 
 
 class Scorer:

@@ -149,6 +149,21 @@ def test_predict_without_images(workdir, tmp_path):
     assert not (ROOT / "x").exists() and os.path.exists(workdir)
 
 
+def test_overrides_need_a_config(workdir):
+    done = run_main(f"--workdir={workdir}", "--mode=eval", "--config.eval.split=val")
+    assert done.returncode == 1 and "needs --config=" in done.stderr
+
+
+def test_eval_takes_overrides(workdir, tmp_path):
+    import shutil
+
+    shutil.copytree(workdir, tmp_path / "w")
+    arguments = [f"--workdir={tmp_path / 'w'}", "--mode=eval", "--config.eval.split=val"]
+    done = run_main(CONFIG, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert '"split": "val"' in (tmp_path / "w" / "eval.json").read_text()
+
+
 def test_eval_of_a_folder_that_holds_no_run(tmp_path):
     done = run_main(f"--workdir={tmp_path}", "--mode=eval")
     assert done.returncode == 1 and "holds no run" in done.stderr

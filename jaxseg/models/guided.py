@@ -54,7 +54,7 @@ class TokenContext(nn.Module):
       dropout: of whole feature channels in training, the same in all tokens of an image.
     """
 
-    width: int = 64
+    width: int = 96
     dilations: tuple[int, ...] = (1, 2, 4)
     dropout: float = 0.1
 
@@ -85,7 +85,7 @@ class GuidedDecoder(nn.Module):
     """
 
     outputs: int = 1
-    width: int = 64
+    width: int = 96
     dilations: tuple[int, ...] = (1, 2, 4)
     dropout: float = 0.1
     guide_widths: tuple[int, ...] = (8, 16, 32)
@@ -111,15 +111,14 @@ class GuidedDecoder(nn.Module):
         logits = context
         for level in range(n - 1, 0, -1):
             guide = pyramid[level - 1]
-            fine = jnp.concatenate([double(x), double(logits), guide], -1)
-            x = nn.gelu(nn.Conv(guide.shape[-1], (3, 3), name=f"decode{level}")(fine))
-            zero = nn.initializers.zeros
-            correct = nn.Conv(self.outputs, (3, 3), kernel_init=zero, name=f"correct{level}")
-            logits = double(logits) + correct(x)
-        correct = nn.Conv(
-            4 * self.outputs, (3, 3), kernel_init=nn.initializers.zeros, name="correct0"
-        )
-        return double(logits) + depth_to_space(correct(x)), {"context": context}
+            channels = guide.shape[-1]
+            # Projected before it is doubled, and added, not concatenated: a third of the cost.
+            x = double(nn.Dense(channels, name=f"reduce{level}")(x)) + guide
+            x = nn.gelu(nn.Conv(channels, (3, 3), name=f"decode{level}")(x))
+            logits = double(logits)
+        zero = nn.initializers.zeros
+        correction = nn.Conv(4 * self.outputs, (3, 3), kernel_init=zero, name="correct")(x)
+        return double(logits) + depth_to_space(correction), {"context": context}
 
     def _pyramid(self, image_BxHxWx3: jax.Array, levels: int) -> list[jax.Array]:
         """Guide features at 1/2, 1/4, ... of the image."""

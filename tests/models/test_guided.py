@@ -61,7 +61,7 @@ def test_parameters_serve_every_image_size():
 def test_fewer_than_a_million_parameters():
     features, image = _inputs(2, 2, 16, channels=384, batch=1)
     params = jax.eval_shape(GuidedDecoder().init, jax.random.key(0), features, image)
-    assert sum(x.size for x in jax.tree.leaves(params)) < 300_000
+    assert sum(x.size for x in jax.tree.leaves(params)) < 1_000_000
 
 
 def test_sizes_that_do_not_fit_are_named():
