@@ -42,8 +42,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _log_to_terminal() -> None:
     """Shows warnings and our own messages, without the chatter of absl (Orbax, Grain)."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    # Only now: as long as absl's handler is the root's, this would set the root's level.
+    absl_logging.set_verbosity(absl_logging.ERROR)
     logging.getLogger("jaxseg").setLevel(logging.INFO)
 
 
