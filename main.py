@@ -27,10 +27,11 @@ def _parse(argv: list[str]) -> list[str]:
 
     try:
         # The config alone first, so that its overrides can be checked against it.
-        base = flags.FlagValues()
-        holder = config_flags.DEFINE_config_file("config", None, flag_values=base)
-        base([a for a in argv if not a.startswith(("--config.", "-config."))], known_only=True)
         overrides = [a for a in argv if a.startswith(("--config.", "-config."))]
+        rest = [a for a in argv if a not in overrides]
+        base = flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", None, flag_values=base, sys_argv=rest)
+        base(rest, known_only=True)
         if holder.value is not None:
             checks.check_overrides(overrides, holder.value)
         elif overrides:
