@@ -38,7 +38,9 @@ def _parse(argv: list[str]) -> list[str]:
             raise ValueError(f"{overrides[0]} needs --config=configs/FILE.py as well")
         return flags.FLAGS(argv)
     except (flags.Error, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        # A config file that raises is reported with its traceback: its last line says what is wrong.
+        message = str(error).strip()
+        sys.exit(f"error: {message.splitlines()[-1] if 'Traceback' in message else message}")
 
 
 def _log_to_terminal() -> None:

@@ -14,6 +14,8 @@ OVERRIDES = {
     "data.size": (32, 32),
     "data.limit": 6,
     "head.name": "linear",
+    "augment.flip": 0.0,
+    "train.eval_every": 0,
     "train.steps": 6,
     "train.batch": 4,
     "train.log_every": 1,
