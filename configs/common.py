@@ -54,11 +54,9 @@ def get_base_config() -> ml_collections.ConfigDict:
     )
     config.head = ml_collections.ConfigDict(
         dict(
-            name="guided",
-            # Options of some heads; 0 and () leave the head's own default.
-            width=0,  # guided: channels of the context
-            guide_widths=(),  # guided: channels at 1/2, 1/4, ... of the image
-            channels=0,  # pac_joint: channels while upsampling
+            name="guided",  # each head reads the options under its own name
+            guided=dict(width=96, dropout=0.1, guide_widths=(16, 32, 64)),
+            pac_joint=dict(channels=32, guide_channels=16),
         )
     )
     config.loss = ml_collections.ConfigDict(dict(bce=1.0, dice=0.0, focal=0.0, jaccard=0.0))
@@ -80,7 +78,8 @@ def get_base_config() -> ml_collections.ConfigDict:
         dict(
             batch=16,  # over all devices
             epochs=20.0,
-            steps=0,  # 0 = from epochs
+            min_steps=0,  # at least so many, whatever the epochs say
+            steps=0,  # exactly so many; 0 = from epochs
             log_every=20,
             eval_every=0,  # on the val split, if there is one; picks the best checkpoint
             checkpoint_every=200,

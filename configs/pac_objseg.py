@@ -32,11 +32,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train.update(batch=8, epochs=7.0, eval_every=500, checkpoint_every=250, log_every=50)
     if "real" in presets or "course" in presets:
         config.data.name = "folder"
+        config.head.guided.guide_widths = (8, 16, 32)
         config.train.update(batch=4, eval_every=0, log_every=10)
         config.eval.batch = 4
     if "real" in presets:
         config.optim.average = 0.98
-        config.train.epochs = 30.0
+        config.backbone.layers = (-7, -4, -1)
+        config.train.update(epochs=12.0, min_steps=600)
     if "course" in presets:
         config.head.name = "pac_course"
         config.loss.dice = 0.0

@@ -1,7 +1,6 @@
 """Checks of a config, and the comparison of two, with errors that name key, value and choices."""
 
 import ast
-import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.average": (0, 0.999999),
     "train.batch": (1, 2**20),
     "train.epochs": (0, 1e9),
+    "train.min_steps": (0, 2**31 - 1),
     "train.steps": (0, 2**31 - 1),
     "train.log_every": (1, 2**31 - 1),
     "train.eval_every": (0, 2**31 - 1),
@@ -146,7 +146,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"all of config.loss is 0; give one of {', '.join(BINARY)} a weight")
     if not config.train.steps and not config.train.epochs:
         raise ConfigError("config.train.steps and config.train.epochs are both 0; set one")
-    head_options(config)
     if config.data.name == "shapes" and config.data.root:
         raise ConfigError(
             f"config.data.root is {config.data.root!r}, but config.data.name='shapes' draws its own "
@@ -158,24 +157,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.backbone.stride is {config.backbone.stride}; allowed: 0, 4, 8, 16, 32"
         )
-
-
-def head_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The options of `config.head` that are set, for the head's module.
-
-    Raises:
-      ConfigError: an option is set that the chosen head does not have.
-    """
-    options = {k: v for k, v in config.head.items() if k != "name" and v not in (0, ())}
-    fields = set(inspect.signature(HEADS[config.head.name]).parameters)
-    for key in options:
-        if key not in fields:
-            known = sorted(fields & set(config.head) - {"name"}) or ["none"]
-            raise ConfigError(
-                f"config.head.{key} is set, but head {config.head.name!r} does not have it; "
-                f"allowed for it: {', '.join(known)}"
-            )
-    return options
 
 
 def _pair(config: ml_collections.ConfigDict, key: str, kind: type) -> tuple[Any, Any]:

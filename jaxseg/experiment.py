@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from jaxseg import weights
-from jaxseg.config import flatten, head_options
+from jaxseg.config import flatten
 from jaxseg.data import loader, sources
 from jaxseg.data.cache import DiskStore, FeatureCache, PreparedSource
 from jaxseg.models import HEADS
@@ -59,9 +60,10 @@ def frozen_paths(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def make_model(config: ml_collections.ConfigDict, variant: Variant) -> Segmenter:
     """The segmenter of a config."""
+    options = config.head.get(config.head.name, {})
     return Segmenter(
         backbone=from_variant(variant, dtype=config.backbone.precision),
-        head=HEADS[config.head.name](outputs=1, **head_options(config)),
+        head=HEADS[config.head.name](outputs=1, **options),
         stride=config.backbone.stride or default_stride(variant.patch),
         layers=tuple(config.backbone.layers),
         normalization=config.backbone.normalization,
@@ -231,7 +233,8 @@ def params_digest(params: Mapping[str, Any]) -> str:
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-    """Length of the run: `train.steps`, or enough full batches for `train.epochs`."""
+    """Length of the run: `train.steps`, or enough full batches for `epochs` and `min_steps`."""
     if config.train.steps:
         return config.train.steps
-    return max(1, int(np.ceil(examples * config.train.epochs / config.train.batch)))
+    epochs = math.ceil(examples * config.train.epochs / config.train.batch)
+    return max(1, config.train.min_steps, epochs)

@@ -88,7 +88,7 @@ class GuidedDecoder(nn.Module):
     width: int = 96
     dilations: tuple[int, ...] = (1, 2, 4)
     dropout: float = 0.1
-    guide_widths: tuple[int, ...] = (8, 16, 32)
+    guide_widths: tuple[int, ...] = (16, 32, 64)
 
     @nn.compact
     def __call__(
