@@ -19,6 +19,10 @@ _OUTPUTS = flags.DEFINE_string("outputs", None, "predict: the folder for masks a
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other processes of a TPU pod or GPU cluster (jax.distributed)."
 )
+# Only for clusters that jax.distributed does not know by itself.
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -56,7 +60,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument {argv[1]!r}; options begin with --")
     _log_to_terminal()
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     from jaxseg import modes
 
     try:

@@ -1,6 +1,6 @@
 """Draws docs/shapes.png from a finished run on the built-in data set.
 
-    python docs/picture.py W
+python docs/picture.py W
 """
 
 import sys

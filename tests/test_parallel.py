@@ -41,12 +41,10 @@ def _two_processes(workdir):
         environment = {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(rank),
         }
+        join = [f"--coordinator=localhost:{port}", "--processes=2", f"--process={rank}"]
         process = subprocess.Popen(
-            [sys.executable, "main.py", CONFIG, *arguments],
+            [sys.executable, "main.py", CONFIG, *arguments, *join],
             cwd=ROOT,
             env=os.environ | environment,
             stdout=subprocess.PIPE,
