@@ -98,7 +98,6 @@ def _batches(
     local_devices: int = 1,
     num_threads: int = 4,
     num_workers: int = 0,
-    decode: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Reads ahead in `num_threads` threads, a batch each, in each of `num_workers` processes.
 
@@ -110,7 +109,6 @@ def _batches(
         source has `read(index, position)`, whose examples are ready to be stacked.
       multiple: see `fit`.
       process_index, process_count, local_devices: see `share`.
-      decode: False yields only index and valid, and reads nothing.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}: it must be at least 1")
@@ -128,7 +126,7 @@ def _batches(
         wanted = [(i, p) for i, p in asked if i is not None]
         index = np.array([i for i, _ in wanted] + [0] * (rows - len(wanted)), np.int32)
         which = {"index": index, "valid": np.arange(rows) < len(wanted)}
-        return which | (_stacked(read, wanted, rows) if decode else {})
+        return which | _stacked(read, wanted, rows)
 
     threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2))
     data = grain.MapDataset.range(steps.start, steps.stop).map(load).to_iter_dataset(threads)

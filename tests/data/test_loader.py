@@ -17,13 +17,11 @@ class Numbered:
 
     def __init__(self, length=10, *, broken=None, shape=SIZE, masks=True):
         self.length, self.broken, self.shape, self.masks = length, broken, shape, masks
-        self.read_count = 0
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        self.read_count += 1
         if index == self.broken:
             raise data.DataError(f"{index}.jpg: cannot be read")
         image = np.full((*self.shape, 3), index, np.uint8)
@@ -141,13 +139,6 @@ def test_without_masks():
     source = Numbered(3, masks=False)
     (batch,) = data.eval_batches(source, batch=4, size=SIZE)
     assert batch.keys() == {"image", "category", "index", "valid"}
-
-
-def test_without_decoding():
-    source = Numbered()
-    for a, b in zip(train(Numbered()), train(source, decode=False), strict=True):
-        assert_same({k: a[k] for k in ("index", "valid")}, b)
-    assert source.read_count == 0
 
 
 def test_ready_examples_with_further_arrays():
