@@ -29,6 +29,8 @@ def get_base_config() -> ml_collections.ConfigDict:
             name="shapes",  # shapes, folder or tfds
             root="",  # folder: the data; tfds: where the prepared data sets are
             categories=(),  # names; empty = all
+            mask_values="auto",  # folder: 0/255, 0/1 (255 = void), or auto: 0/1 if a mask has a 1
+            mask_threshold=0,  # folder: foreground is every value from here, for soft masks; 0 = off
             limit=0,  # read only the first so many examples of each split; 0 = all
             size=(0, 0),  # (height, width) of the images, multiples of the stride; (0, 0) = native
             threads=2,  # that decode, in each process

@@ -18,6 +18,7 @@ from jaxseg.train.partition import PARAMETER_LAYOUTS
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("segmentation",),
     "data.name": sources.NAMES,
+    "data.mask_values": ("auto", "0/255", "0/1"),
     "backbone.variant": tuple(VARIANTS),
     "backbone.train": ("auto", "none", "all"),
     "backbone.normalization": tuple(NORMALIZATIONS),
@@ -33,11 +34,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # key: (smallest, largest), both allowed.
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
+    "data.mask_threshold": (0, 65535),
     "data.limit": (0, 2**31 - 1),
     "data.threads": (1, 1024),
     "data.workers": (0, 1024),
     "data.memory_gigabytes": (0, 1e6),
     "data.cache_gigabytes": (0, 1e6),
+    "head.guided.width": (8, 2**16),
+    "head.guided.dropout": (0, 0.99),
+    "head.pac_joint.channels": (1, 2**16),
+    "head.pac_joint.guide_channels": (1, 16),
     "augment.flip": (0, 1),
     "augment.brightness": (0, 1),
     "augment.contrast": (0, 1),
@@ -131,6 +137,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
       ConfigError: for the first value that is not allowed.
     """
     flat = flatten(config)
+    missing = sorted((CHOICES.keys() | RANGES.keys()) - flat.keys())
+    if missing:
+        raise ConfigError(
+            f"the config lacks {', '.join(missing)}: it is damaged or of another version"
+        )
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ConfigError(f"config.{key} is {flat[key]!r}; allowed: {', '.join(allowed)}")
@@ -142,6 +153,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not 0 < low <= high:
         raise ConfigError(f"config.augment.scale is ({low}, {high}); allowed: 0 < low <= high")
     _pair(config, "data.size", int)
+    layers = tuple(config.backbone.layers)
+    if not layers or not all(isinstance(layer, int) for layer in layers):
+        raise ConfigError(
+            f"config.backbone.layers is {layers}; allowed: block numbers, as in (-1,)"
+        )
+    if config.head.guided.width % 8:
+        raise ConfigError(
+            f"config.head.guided.width is {config.head.guided.width}; allowed: multiples of 8"
+        )
     if not any(config.loss.values()):
         raise ConfigError(f"all of config.loss is 0; give one of {', '.join(BINARY)} a weight")
     if not config.train.steps and not config.train.epochs:
@@ -164,7 +184,7 @@ def _pair(config: ml_collections.ConfigDict, key: str, kind: type) -> tuple[Any,
     value = tuple(config[section][name])
     numbers = (int,) if kind is int else (int, float)
     if len(value) != 2 or not all(isinstance(v, numbers) and v >= 0 for v in value):
-        raise ConfigError(f"config.{key} is {value!r}; allowed: two numbers, as in (480, 848)")
+        raise ConfigError(f"config.{key} is {value!r}; allowed: two numbers ({kind.__name__})")
     return value
 
 

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from jaxseg import weights
-from jaxseg.config import flatten
+from jaxseg.config import ConfigError, flatten
 from jaxseg.data import loader, sources
 from jaxseg.data.cache import DiskStore, FeatureCache, PreparedSource
 from jaxseg.models import HEADS
@@ -60,6 +60,12 @@ def frozen_paths(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def make_model(config: ml_collections.ConfigDict, variant: Variant) -> Segmenter:
     """The segmenter of a config."""
+    for layer in config.backbone.layers:
+        if not -variant.depth <= layer < variant.depth:
+            raise ConfigError(
+                f"config.backbone.layers has {layer}; {variant.name} allows {-variant.depth} to "
+                f"{variant.depth - 1}"
+            )
     options = config.head.get(config.head.name, {})
     return Segmenter(
         backbone=from_variant(variant, dtype=config.backbone.precision),
@@ -76,6 +82,8 @@ def make_source(
     """The data source of a config for one split."""
     data = config.data
     chosen = tuple(data.categories) if categories is None else categories
+    # `--config.data.categories=a,b` arrives as one name.
+    chosen = tuple(name for names in chosen for name in names.split(","))
     options: dict[str, Any] = {}
     if data.name == "tfds":
         options = dict(
@@ -85,6 +93,8 @@ def make_source(
             foreground=tuple(data.tfds.foreground),
             void=tuple(data.tfds.void),
         )
+    if data.name == "folder":
+        options = dict(mask_values=data.mask_values, mask_threshold=data.mask_threshold or None)
     if data.name == "shapes" and tuple(data.size) != (0, 0):
         options = dict(size=tuple(data.size))
     source = sources.create(data.name, split, root=data.root, categories=chosen, **options)

@@ -107,10 +107,16 @@ def predict(workdir: Path, inputs: str, outputs: Path, overrides: Mapping[str, A
     Raises:
       DataError: there are no images, or at the end if some could not be read.
     """
-    paths = list_images(inputs)
+    # What an earlier call wrote is no input, should the outputs lie below the inputs.
+    paths = [p for p in list_images(inputs) if outputs.resolve() not in p.resolve().parents]
+    if not paths:
+        raise DataError(f"--inputs={inputs} holds no images besides those in --outputs={outputs}")
     run = restore(workdir, overrides)
     predictor = Predictor(run)
-    outputs.mkdir(parents=True, exist_ok=True)
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to --outputs={outputs}: {error}") from error
     written, failed = [], []
     progress = Progress("predict", len(paths))
     for number, (path, name) in enumerate(zip(paths, output_names(paths), strict=True), 1):

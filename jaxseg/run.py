@@ -52,9 +52,16 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     backbone = Backbone.load(config)
     task = make_task(config, make_model(config, backbone.variant), source)
     params, frozen = make_params(task, backbone, config)
-    digest = params_digest(frozen)
-    description = folder.Description(backbone.variant, task.size, task.categories, digest)
+    description = folder.Description(
+        backbone.variant, task.size, task.categories, params_digest(frozen)
+    )
     folder.begin(workdir, config, description)
+    with folder.lock(workdir):
+        _train_in(workdir, config, task, source, params, frozen)
+
+
+def _train_in(workdir, config, task, source, params, frozen) -> None:
+    digest = params_digest(frozen)
     mesh = partition.make_mesh()
     shardings = partition.tree_sharding(mesh, frozen, config.sharding.params)
     frozen_on_mesh = partition.put_tree(frozen, shardings)

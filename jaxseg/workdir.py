@@ -7,9 +7,11 @@ metrics.jsonl    one object for each logged step    tensorboard/
 eval.json        the scores                         report/     pictures
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from jaxseg.models.vit import Variant
 from jaxseg.train.writers import write_json
 
 # Evaluation and prediction take these sections as they were trained.
-_MODEL_SECTIONS = ("task", "backbone", "head")
+_MODEL_SECTIONS = ("task", "backbone", "head", "optim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +47,15 @@ class Description:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Description":
-        return cls(
-            Variant(**value["variant"]),
-            tuple(value["size"]),
-            tuple(value["categories"]),
-            value["frozen_sha256"],
-        )
+        try:
+            return cls(
+                Variant(**value["variant"]),
+                tuple(value["size"]),
+                tuple(value["categories"]),
+                value["frozen_sha256"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"model.json is damaged or of another version: {error!r}") from error
 
 
 def begin(workdir: Path, config: ml_collections.ConfigDict, description: Description) -> None:
@@ -76,6 +81,26 @@ def begin(workdir: Path, config: ml_collections.ConfigDict, description: Descrip
         write_json(workdir / "config.json", config.to_dict())
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error}") from error
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this process until it ends, however it ends.
+
+    Raises:
+      ConfigError: another process is training in it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--workdir={workdir} is in use by another training") from error
+        except OSError:
+            pass  # Some network file systems have no locks.
+        yield
 
 
 def load(

@@ -70,6 +70,11 @@ def test_right_overrides_pass():
         ("data.size", (480,), "two numbers"),
         ("data.root", "x", "data.name=folder"),
         ("loss.bce", 0.0, "bce, dice"),
+        ("head.guided.dropout", 2.0, "0 to 0.99"),
+        ("head.guided.width", 12, "multiples of 8"),
+        ("backbone.layers", (), "block numbers"),
+        ("backbone.layers", ("a",), "block numbers"),
+        ("data.mask_values", "soft", "auto, 0/255, 0/1"),
     ],
 )
 def test_values_outside_their_set_are_named(key, value, allowed):
@@ -109,8 +114,24 @@ def test_stored_config_comes_back(tmp_path):
     assert description.variant == VARIANTS["vit_micro16"] and description.size == (16, 16)
     with pytest.raises(ConfigError, match="head.name: 'guided' there, 'linear' now"):
         folder.load(tmp_path, {"head.name": "linear"})
+    with pytest.raises(ConfigError, match="optim.name: 'adamw' there, 'sgd' now"):
+        folder.load(tmp_path, {"optim.name": "sgd"})
     with pytest.raises(ConfigError, match="holds no run"):
         folder.load(tmp_path / "other", {})
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(ConfigError, match="model.json is damaged"):
+        folder.load(tmp_path, {})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="the config lacks .*seed"):
+        folder.load(tmp_path, {})
+
+
+def test_a_workdir_is_held_by_one_training(tmp_path):
+    with folder.lock(tmp_path), pytest.raises(ConfigError, match="in use by another"):
+        with folder.lock(tmp_path):
+            pass
+    with folder.lock(tmp_path):
+        pass
 
 
 def test_unwritable_workdir(tmp_path):

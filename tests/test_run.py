@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
 
 def test_workdir_holds_everything(trained):
     workdir, result = trained
-    names = {p.name for p in workdir.iterdir()}
+    names = {p.name for p in workdir.iterdir()} - {".lock"}
     assert names == {
         *("config.json", "model.json", "metrics.jsonl", "eval.json"),
         *("checkpoints", "tensorboard", "report"),
@@ -112,9 +112,18 @@ def test_frozen_backbone_stays_and_is_saved_once(tmp_path):
     for a, b in zip(*map(_leaves, (restored.frozen, fresh)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert run.evaluate(tmp_path, {}) == result
-    shutil.rmtree(tmp_path / "frozen")
-    with pytest.raises(CheckpointError, match="frozen"):
+    big = max((f for f in (tmp_path / "frozen").rglob("*") if f.is_file()), key=_size)
+    big.write_bytes(big.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="frozen is damaged. Start the training again"):
         run.evaluate(tmp_path, {})
+    shutil.rmtree(tmp_path / "frozen")
+    with pytest.raises(CheckpointError, match="frozen is missing"):
+        run.evaluate(tmp_path, {})
+    assert run.train(config, tmp_path) == result  # writes it anew
+
+
+def _size(path):
+    return path.stat().st_size
 
 
 def _leaves(tree):

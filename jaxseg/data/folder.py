@@ -1,5 +1,6 @@
 """Images and masks in folders."""
 
+import functools
 import glob
 import hashlib
 import logging
@@ -14,11 +15,14 @@ from jaxseg.data.images import (
     check_sizes,
     image_size,
     is_image,
+    opened,
     read_pair,
+    to_values,
 )
 
 _LOG = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
+_SAMPLE = 32  # masks looked at to tell what 255 means
 _MASK_FOLDERS = ("annotations", "masks")
 _LAYOUTS = (
     "<split>/<category>/images + annotations, <split>/images + masks, or images + masks "
@@ -100,8 +104,23 @@ class Folder:
     def __getitem__(self, index: int) -> dict:
         """Reads one pair: image uint8 HxWx3, mask uint8 HxW in {0, 1, 255}, category, name."""
         pair = self._pairs[index]
-        image, mask = read_pair(pair.image, pair.mask, **self._mask_options)
+        options = self._mask_options | {"values": self._mask_values}
+        image, mask = read_pair(pair.image, pair.mask, **options)
         return {"image": image, "mask": mask, "category": pair.category, "name": pair.name}
+
+    @functools.cached_property
+    def _mask_values(self) -> str:
+        """What 255 means is one decision for all masks: void if any of a sample of them has a 1."""
+        if self._mask_options["values"] != "auto" or self._mask_options["threshold"] is not None:
+            return self._mask_options["values"]
+        for pair in self._pairs[:: max(1, len(self._pairs) // _SAMPLE)]:
+            try:
+                with opened(pair.mask) as image:
+                    if (to_values(image, pair.mask) == 1).any():
+                        return "0/1"
+            except DataError:
+                continue  # It is reported when the pair itself is read.
+        return "auto"
 
     def sizes(self) -> list[tuple[int, int]]:
         """Returns every (height, width), from the headers, and checks that masks have the same."""

@@ -221,9 +221,9 @@ def _unexpected(path, found: np.ndarray) -> str:
     shown = ", ".join(str(v) for v in found[:8]) + (", ..." if len(found) > 8 else "")
     advice = ""
     if Path(path).suffix.lower() in (".jpg", ".jpeg", ".jfif"):
-        advice = "; JPEG does not keep a mask's values: save it as PNG, or set a threshold"
+        advice = "; JPEG does not keep a mask's values: save it as PNG, or set data.mask_threshold"
     elif len(found) > 8:
-        advice = "; for a soft mask set a threshold"
+        advice = "; for a soft mask set data.mask_threshold"
     return (
         f"{path}: mask values {shown} ({len(found)} different); allowed are 0/255 (background/"
         f"foreground), or class ids 0 and 1 with 255 as void{advice}"

@@ -77,7 +77,7 @@ def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.
     canvas = Canvas(dice, size)
     lot = dice.uniform()
     fishes = 0 if lot < 0.08 else 1 if lot < 0.5 else 2 if lot < 0.87 else 3
-    others = round(canvas.height * canvas.width / 128**2 * dice.uniform(4.0, 7.0))
+    others = round(canvas.height * canvas.width / 128**2 * dice.uniform(3.8, 6.6))
     items = sorted([True] * fishes + [False] * others, key=lambda _: dice.uniform())
     centres, whole = [], {}  # whole: the number of a fish -> its pixels when painted
 

@@ -181,12 +181,18 @@ class Checkpointer:
 
 
 def save_frozen(workdir: Path, frozen: Any) -> None:
-    """Writes the parameters that never change, once; a finished copy is left as it is."""
+    """Writes the parameters that never change, once; a copy that cannot be read is written anew."""
     folder = Path(workdir).absolute() / "frozen"
-    if folder.exists() or not jax.tree.leaves(frozen):
+    if not jax.tree.leaves(frozen):
         return
+    if folder.exists():
+        try:
+            restore_frozen(workdir, frozen)
+            return
+        except CheckpointError as error:
+            log.warning("%s; it is written anew", error)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, _bundle(frozen))
+        checkpointer.save(folder, _bundle(frozen), force=True)
 
 
 def restore_frozen(workdir: Path, like: Any) -> Any:
@@ -199,6 +205,14 @@ def restore_frozen(workdir: Path, like: Any) -> Any:
         return like
     folder = Path(workdir).absolute() / "frozen"
     if not folder.exists():
-        raise CheckpointError(f"{folder} is missing: it holds the frozen parameters of this run")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return _verified(folder, checkpointer.restore(folder, _abstract(like)))
+        raise CheckpointError(
+            f"{folder} is missing: it holds the frozen parameters of this run. Start the training "
+            "again with the same weights to write it anew"
+        )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return _verified(folder, checkpointer.restore(folder, _abstract(like)))
+    except Exception as error:  # Orbax and TensorStore raise many kinds here.
+        raise CheckpointError(
+            f"{folder} is damaged. Start the training again with the same weights to write it anew"
+        ) from error

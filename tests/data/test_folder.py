@@ -221,3 +221,16 @@ def test_davis():
     raw = np.asarray(Image.open(root / "train/dog/annotations/00000.png"))
     np.testing.assert_array_equal(example["mask"] * 255, raw)
     assert len(Folder(root, "train").categories) == 12
+
+
+def test_void_means_void_in_every_mask_of_a_set(tmp_path):
+    """A mask of 0 and 255 beside masks with class ids: its 255 is void, not foreground."""
+    for name, values in (("a", (0, 1, 255)), ("b", (0, 0, 255))):
+        for kind in ("images", "masks"):
+            (tmp_path / "train" / kind).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 1)).save(tmp_path / "train" / "images" / f"{name}.png")
+        mask = np.array([values], np.uint8)
+        Image.fromarray(mask).save(tmp_path / "train" / "masks" / f"{name}.png")
+    source = Folder(tmp_path, "train")
+    assert [source[i]["mask"].tolist() for i in range(2)] == [[[0, 1, 255]], [[0, 0, 255]]]
+    assert Folder(tmp_path, "train", mask_values="0/1")[1]["mask"].tolist() == [[0, 0, 255]]

@@ -102,5 +102,8 @@ def test_frozen_parameters_come_back_and_are_checked(tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged|frozen"):
         checkpoint.restore_frozen(tmp_path, frozen)
+    checkpoint.save_frozen(tmp_path, frozen)  # writes a damaged copy anew
+    back = checkpoint.restore_frozen(tmp_path, frozen)
+    np.testing.assert_array_equal(back["backbone"]["w"], frozen["backbone"]["w"])
     with pytest.raises(CheckpointError, match="missing"):
         checkpoint.restore_frozen(tmp_path / "other", frozen)
