@@ -34,7 +34,7 @@ def test_eval_gives_the_same_file(workdir):
 def test_another_config_is_refused(workdir):
     done = run_main(CONFIG, f"--workdir={workdir}", *tiny_arguments(optim__lr=0.5))
     assert done.returncode == 1
-    assert "optim.lr: 0.003 there, 0.5 now" in done.stderr and "Traceback" not in done.stderr
+    assert "optim.lr: 0.004 there, 0.5 now" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
