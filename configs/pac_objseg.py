@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.loss.dice = 1.0
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=4e-3, weight_decay=0.05, average=0.99)
-    config.train.update(batch=8, epochs=12.0, eval_every=1000, checkpoint_every=250, log_every=50)
+    config.train.update(batch=8, epochs=8.0, eval_every=1000, checkpoint_every=250, log_every=50)
     if "real" in presets or "course" in presets:
         config.data.name = "folder"
         config.head.guided.guide_widths = (8, 16, 32)
