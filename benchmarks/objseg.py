@@ -5,8 +5,9 @@
 
 Prints one markdown table. `unseen` is four folds over the categories in alphabetical order: fold f
 holds out every fourth from f, trains on the train split of the others, and scores both splits of the
-held-out ones; the figure is the mean over held-out categories. Runs that are finished in the workdir
-are not done again, so the script can be stopped and started.
+held-out ones (the mean of the two, weighted by images); the figure is the mean over held-out
+categories. Runs finished in the workdir are not done again, so the script can be stopped and started;
+the seconds include features and evaluation, and are those of a training only where it was not resumed.
 """
 
 import argparse

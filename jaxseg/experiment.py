@@ -33,12 +33,10 @@ class Backbone:
 
     Attributes:
       variant: its shape.
-      digest: sha256 of the weight file, empty without one.
       params: parameters in the layout of `ViT`, or None to start from scratch.
     """
 
     variant: Variant
-    digest: str = ""
     params: Mapping[str, Any] | None = None
 
     @classmethod
@@ -48,7 +46,7 @@ class Backbone:
             return cls(get_variant(config.backbone.variant))
         loaded = weights.load(config.backbone.weights)
         log.info("backbone %s from %s", loaded.variant.name, loaded.source)
-        return cls(loaded.variant, loaded.digest, loaded.params)
+        return cls(loaded.variant, loaded.params)
 
 
 def frozen_paths(config: ml_collections.ConfigDict) -> tuple[str, ...]:

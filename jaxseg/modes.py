@@ -8,10 +8,10 @@ import ml_collections
 
 from jaxseg import predict, run
 from jaxseg.config import ConfigError
-from jaxseg.train.loop import Interrupted, NonFiniteLossError
+from jaxseg.train.loop import Interrupted
 
 # Mistakes and conditions that a message explains better than a traceback.
-USER_ERRORS = (ValueError, OSError, Interrupted, NonFiniteLossError)
+USER_ERRORS = (ValueError, OSError, Interrupted)
 
 
 def main(

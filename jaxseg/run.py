@@ -52,16 +52,14 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     backbone = Backbone.load(config)
     task = make_task(config, make_model(config, backbone.variant), source)
     params, frozen = make_params(task, backbone, config)
-    description = folder.Description(
-        backbone.variant, task.size, task.categories, params_digest(frozen)
-    )
+    digest = params_digest(frozen)
+    description = folder.Description(backbone.variant, task.size, task.categories, digest)
     folder.begin(workdir, config, description)
     with folder.lock(workdir):
-        _train_in(workdir, config, task, source, params, frozen)
+        _train_in(workdir, config, task, source, params, frozen, digest)
 
 
-def _train_in(workdir, config, task, source, params, frozen) -> None:
-    digest = params_digest(frozen)
+def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
     mesh = partition.make_mesh()
     shardings = partition.tree_sharding(mesh, frozen, config.sharding.params)
     frozen_on_mesh = partition.put_tree(frozen, shardings)

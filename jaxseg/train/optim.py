@@ -32,9 +32,10 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 def make_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Optimiser: global-norm clipping (`clip_norm`, 0 = off), then `name` with decoupled weight decay.
+    """Optimiser: global-norm clipping (`clip_norm`, 0 = off), then `name` with weight decay.
 
-    Weight decay touches tensors of two or more dimensions only (no biases, norms or scalars).
+    The decay is decoupled for adamw and muon and part of the gradient for sgd; adam has none. It
+    touches tensors of two or more dimensions only (no biases, norms or scalars).
     """
 
     def decay_mask(params):
