@@ -1,4 +1,4 @@
-"""What all experiments share: presets after the colon, and the sections that every config has."""
+"""What all experiments share: presets after the colon, and the sections that configs have."""
 
 from collections.abc import Sequence
 
@@ -19,19 +19,19 @@ def parse_presets(arg: str | None, allowed: Sequence[str]) -> tuple[str, ...]:
 
 
 def get_base_config() -> ml_collections.ConfigDict:
-    """Every key an experiment can set, with its default; `jaxseg/config.py` knows what is allowed."""
+    """The keys of every experiment, with their defaults; `jaxseg/config.py` knows what is allowed."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.task = "segmentation"
 
     config.data = ml_collections.ConfigDict(
         dict(
-            name="shapes",  # shapes, folder or tfds
-            root="",  # folder: the data; tfds: where the prepared data sets are
+            name="shapes",  # shapes, folder, images or tfds
+            root="",  # folder, images: the data; tfds: where the prepared data sets are
             categories=(),  # names; empty = all
             mask_values="auto",  # folder: 0/255, 0/1 (255 = void), or auto: 0/1 if a mask has a 1
             mask_threshold=0,  # folder: foreground is every value from here, for soft masks; 0 = off
             limit=0,  # read only the first so many examples of each split; 0 = all
+            length=0,  # shapes: how many are drawn for training; 0 = 2000
             size=(0, 0),  # (height, width) of the images, multiples of the stride; (0, 0) = native
             threads=2,  # that decode, in each process
             workers=0,  # processes that decode, beside the threads
@@ -39,7 +39,12 @@ def get_base_config() -> ml_collections.ConfigDict:
             cache_dir="",  # also keep the features of a frozen backbone here, for later runs
             cache_gigabytes=20.0,  # at most this much there
             tfds=dict(
-                name="", image_key="image", mask_key="segmentation_mask", foreground=(1,), void=()
+                name="",
+                image_key="image",
+                mask_key="segmentation_mask",
+                label_key="",  # read for pretraining, where mask_key is empty
+                foreground=(1,),
+                void=(),
             ),
         )
     )
@@ -47,12 +52,57 @@ def get_base_config() -> ml_collections.ConfigDict:
         dict(
             weights="",  # a name of the catalogue, a file, or a workdir; empty = start from scratch
             variant="vit_micro16",  # the architecture where there are no weights
-            train="auto",  # none, all, or auto: none with weights, all without
-            layers=(-1,),  # blocks whose patch tokens the head gets
-            stride=0,  # image pixels per token; 0 = the patch size, 16 for patch 14
             normalization="imagenet",
             precision="float32",  # or bfloat16
         )
+    )
+    config.optim = ml_collections.ConfigDict(
+        dict(
+            name="adamw",
+            lr=1e-3,
+            lr_batch=0,  # if set, lr is for a batch of so many, and grows with the batch
+            schedule="cosine",
+            warmup=0.05,  # share of the run
+            final_lr=0.0,
+            weight_decay=0.01,
+            weight_decay_end=-1.0,  # reached along a cosine; negative = it stays
+            clip_norm=1.0,  # of the whole gradient; 0 = off
+            clip_each=0.0,  # of each tensor's gradient; 0 = off
+            average=0.0,  # decay of the parameters' moving average, which is then evaluated
+        )
+    )
+    config.train = ml_collections.ConfigDict(
+        dict(
+            batch=16,  # over all devices
+            accumulate=1,  # parts in which a batch is taken, for less memory and the same result
+            epochs=20.0,
+            min_steps=0,  # at least so many, whatever the epochs say
+            steps=0,  # exactly so many; 0 = from epochs
+            log_every=20,
+            eval_every=0,  # on the val split, if there is one; picks the best checkpoint
+            checkpoint_every=200,
+        )
+    )
+    config.eval = ml_collections.ConfigDict(
+        dict(
+            split="test",
+            batch=16,
+            checkpoint="latest",  # or best
+            report=True,
+        )
+    )
+    config.sharding = ml_collections.ConfigDict(dict(params="replicated"))
+    return config
+
+
+def get_segmentation_config() -> ml_collections.ConfigDict:
+    """The base, and what the segmentation of one object class adds."""
+    config = get_base_config()
+    config.task = "segmentation"
+    config.backbone.update(
+        train="auto",  # none, all, or auto: none with weights, all without
+        layers=(-1,),  # blocks whose patch tokens the head gets
+        stride=0,  # image pixels per token; 0 = the patch size, 16 for patch 14
     )
     config.head = ml_collections.ConfigDict(
         dict(
@@ -65,37 +115,36 @@ def get_base_config() -> ml_collections.ConfigDict:
     config.augment = ml_collections.ConfigDict(
         dict(flip=0.0, scale=(1.0, 1.0), brightness=0.0, contrast=0.0, saturation=0.0)
     )
-    config.optim = ml_collections.ConfigDict(
+    config.eval.update(
+        categories=(),  # to evaluate on; empty = those of data.categories
+        threshold=0.5,
+    )
+    return config
+
+
+def get_pretraining_config() -> ml_collections.ConfigDict:
+    """The base, and what learning without labels adds."""
+    config = get_base_config()
+    config.backbone.update(
+        drop_path=0.1,  # stochastic depth of the last block
+        remat=False,  # compute activations again instead of keeping them: less memory, more time
+    )
+    config.views = ml_collections.ConfigDict(
         dict(
-            name="adamw",
-            lr=1e-3,
-            schedule="cosine",
-            warmup=0.05,  # share of the run
-            weight_decay=0.01,
-            clip_norm=1.0,  # global; 0 = off
-            average=0.0,  # decay of the parameters' moving average, which is then evaluated
+            flip=0.5,
+            jitter=0.8,  # probability of the colour changes; their strengths follow
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.2,
+            hue=0.1,
+            gray=0.2,
         )
     )
-    config.train = ml_collections.ConfigDict(
-        dict(
-            batch=16,  # over all devices
-            epochs=20.0,
-            min_steps=0,  # at least so many, whatever the epochs say
-            steps=0,  # exactly so many; 0 = from epochs
-            log_every=20,
-            eval_every=0,  # on the val split, if there is one; picks the best checkpoint
-            checkpoint_every=200,
-        )
+    config.eval.update(
+        train_split="train",  # whose labelled images k-NN compares with
+        limit=2000,  # images of each split that are compared during training; 0 = all
+        resolution=0,  # side of the images the backbone sees; 0 = theirs
+        k=20,
+        temperature=0.07,
     )
-    config.eval = ml_collections.ConfigDict(
-        dict(
-            split="test",
-            categories=(),  # to evaluate on; empty = those of data.categories
-            batch=16,
-            threshold=0.5,
-            checkpoint="latest",  # or best
-            report=True,
-        )
-    )
-    config.sharding = ml_collections.ConfigDict(dict(params="replicated"))
     return config

@@ -17,7 +17,7 @@ Presets, after a colon:
 
 import ml_collections
 
-from configs.common import get_base_config, parse_presets
+from configs.common import get_segmentation_config, parse_presets
 
 PRESETS = ("runlocal", "course", "real")
 
@@ -25,7 +25,7 @@ PRESETS = ("runlocal", "course", "real")
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
-    config = get_base_config()
+    config = get_segmentation_config()
     config.loss.dice = 1.0
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=4e-3, weight_decay=0.05, average=0.99)

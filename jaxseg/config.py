@@ -11,22 +11,21 @@ from jaxseg.data import sources
 from jaxseg.losses.segmentation import BINARY
 from jaxseg.models import HEADS
 from jaxseg.models.segmenter import NORMALIZATIONS
+from jaxseg.models.backbones import BACKBONES
 from jaxseg.models.vit import VARIANTS
 from jaxseg.train.optim import OPTIMIZERS, SCHEDULES
 from jaxseg.train.partition import PARAMETER_LAYOUTS
 
+_SPLITS = ("train", "val", "test")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("segmentation",),
+    "task": ("segmentation", "dino"),
     "data.name": sources.NAMES,
     "data.mask_values": ("auto", "0/255", "0/1"),
-    "backbone.variant": tuple(VARIANTS),
-    "backbone.train": ("auto", "none", "all"),
     "backbone.normalization": tuple(NORMALIZATIONS),
     "backbone.precision": ("float32", "bfloat16"),
-    "head.name": tuple(HEADS),
     "optim.name": OPTIMIZERS,
     "optim.schedule": SCHEDULES,
-    "eval.split": ("train", "val", "test"),
+    "eval.split": _SPLITS,
     "eval.checkpoint": ("latest", "best"),
     "sharding.params": PARAMETER_LAYOUTS,
 }
@@ -36,24 +35,22 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "data.mask_threshold": (0, 65535),
     "data.limit": (0, 2**31 - 1),
+    "data.length": (0, 2**31 - 1),
     "data.threads": (1, 1024),
     "data.workers": (0, 1024),
     "data.memory_gigabytes": (0, 1e6),
     "data.cache_gigabytes": (0, 1e6),
-    "head.guided.width": (8, 2**16),
-    "head.guided.dropout": (0, 0.99),
-    "head.pac_joint.channels": (1, 2**16),
-    "head.pac_joint.guide_channels": (1, 16),
-    "augment.flip": (0, 1),
-    "augment.brightness": (0, 1),
-    "augment.contrast": (0, 1),
-    "augment.saturation": (0, 1),
     "optim.lr": (0, 1e3),
+    "optim.lr_batch": (0, 2**20),
     "optim.warmup": (0, 1),
+    "optim.final_lr": (0, 1e3),
     "optim.weight_decay": (0, 1e3),
+    "optim.weight_decay_end": (-1, 1e3),
     "optim.clip_norm": (0, 1e9),
+    "optim.clip_each": (0, 1e9),
     "optim.average": (0, 0.999999),
     "train.batch": (1, 2**20),
+    "train.accumulate": (1, 2**20),
     "train.epochs": (0, 1e9),
     "train.min_steps": (0, 2**31 - 1),
     "train.steps": (0, 2**31 - 1),
@@ -61,14 +58,61 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.eval_every": (0, 2**31 - 1),
     "train.checkpoint_every": (0, 2**31 - 1),
     "eval.batch": (1, 2**20),
-    "eval.threshold": (0, 1),
-    **{f"loss.{name}": (0, 1e9) for name in BINARY},
+}
+
+# What the tasks add to both.
+TASK_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "segmentation": {
+        "backbone.variant": tuple(VARIANTS),
+        "backbone.train": ("auto", "none", "all"),
+        "head.name": tuple(HEADS),
+    },
+    "dino": {"backbone.variant": tuple(BACKBONES), "eval.train_split": _SPLITS},
+}
+_PRETRAINING: dict[str, tuple[float, float]] = {
+    "backbone.drop_path": (0, 0.9),
+    **{f"views.{name}": (0, 1) for name in ("flip", "jitter", "gray", "hue")},
+    **{f"views.{name}": (0, 1) for name in ("brightness", "contrast", "saturation")},
+    "eval.limit": (0, 2**31 - 1),
+    "eval.resolution": (0, 4096),
+    "eval.k": (1, 2**20),
+    "eval.temperature": (1e-3, 1e3),
+}
+TASK_RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "segmentation": {
+        "head.guided.width": (8, 2**16),
+        "head.guided.dropout": (0, 0.99),
+        "head.pac_joint.channels": (1, 2**16),
+        "head.pac_joint.guide_channels": (1, 16),
+        "augment.flip": (0, 1),
+        "augment.brightness": (0, 1),
+        "augment.contrast": (0, 1),
+        "augment.saturation": (0, 1),
+        "eval.threshold": (0, 1),
+        **{f"loss.{name}": (0, 1e9) for name in BINARY},
+    },
+    "dino": {
+        **_PRETRAINING,
+        "views.global_size": (8, 4096),
+        "views.local_size": (8, 4096),
+        "views.local_count": (0, 64),
+        "dino.outputs": (2, 2**24),
+        "dino.hidden": (1, 2**20),
+        "dino.bottleneck": (1, 2**20),
+        "dino.student_temperature": (1e-3, 10),
+        "dino.teacher_temperature": (1e-3, 10),
+        "dino.warmup_teacher_temperature": (1e-3, 10),
+        "dino.warmup_teacher_epochs": (0, 1e6),
+        "dino.momentum": (0, 1),
+        "dino.center_momentum": (0, 1),
+        "dino.freeze_last_layer": (0, 1e6),
+    },
 }
 
 # Keys that do not change what a step computes: a run may go on with others.
 _FREE = ("eval", "data.threads", "data.workers", "data.memory_gigabytes", "data.cache_dir")
 _FREE += ("data.cache_gigabytes", "data.root", "train.log_every", "train.eval_every")
-_FREE += ("train.checkpoint_every", "sharding")
+_FREE += ("train.checkpoint_every", "train.accumulate", "sharding")
 
 
 class ConfigError(ValueError):
@@ -137,22 +181,46 @@ def validate(config: ml_collections.ConfigDict) -> None:
       ConfigError: for the first value that is not allowed.
     """
     flat = flatten(config)
-    missing = sorted((CHOICES.keys() | RANGES.keys()) - flat.keys())
+    task = flat.get("task", "")
+    choices = CHOICES | TASK_CHOICES.get(task, {})
+    ranges = RANGES | TASK_RANGES.get(task, {})
+    missing = sorted((choices.keys() | ranges.keys()) - flat.keys())
     if missing:
         raise ConfigError(
             f"the config lacks {', '.join(missing)}: it is damaged or of another version"
         )
-    for key, allowed in CHOICES.items():
+    for key, allowed in choices.items():
         if flat[key] not in allowed:
             raise ConfigError(f"config.{key} is {flat[key]!r}; allowed: {', '.join(allowed)}")
-    for key, (low, high) in RANGES.items():
+    for key, (low, high) in ranges.items():
         # The negation also catches NaN.
         if not low <= flat[key] <= high:
             raise ConfigError(f"config.{key} is {flat[key]!r}; allowed: {low} to {high}")
+    _pair(config, "data.size", int)
+    if task == "segmentation":
+        _validate_segmentation(config)
+    if task == "dino":
+        _validate_dino(config)
+    if config.train.batch % config.train.accumulate:
+        raise ConfigError(
+            f"config.train.accumulate is {config.train.accumulate}; allowed: divisors of "
+            f"config.train.batch={config.train.batch}"
+        )
+    if not config.train.steps and not config.train.epochs:
+        raise ConfigError("config.train.steps and config.train.epochs are both 0; set one")
+    if config.data.name == "shapes" and config.data.root:
+        raise ConfigError(
+            f"config.data.root is {config.data.root!r}, but config.data.name='shapes' draws its own "
+            "images; add --config.data.name=folder (or tfds) to read that folder"
+        )
+    if config.data.name in ("folder", "images") and not config.data.root:
+        raise ConfigError(f"config.data.name={config.data.name!r} needs --config.data.root=FOLDER")
+
+
+def _validate_segmentation(config: ml_collections.ConfigDict) -> None:
     low, high = _pair(config, "augment.scale", float)
     if not 0 < low <= high:
         raise ConfigError(f"config.augment.scale is ({low}, {high}); allowed: 0 < low <= high")
-    _pair(config, "data.size", int)
     layers = tuple(config.backbone.layers)
     if not layers or not all(isinstance(layer, int) for layer in layers):
         raise ConfigError(
@@ -164,19 +232,34 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if not any(config.loss.values()):
         raise ConfigError(f"all of config.loss is 0; give one of {', '.join(BINARY)} a weight")
-    if not config.train.steps and not config.train.epochs:
-        raise ConfigError("config.train.steps and config.train.epochs are both 0; set one")
-    if config.data.name == "shapes" and config.data.root:
-        raise ConfigError(
-            f"config.data.root is {config.data.root!r}, but config.data.name='shapes' draws its own "
-            "images; add --config.data.name=folder (or tfds) to read that folder"
-        )
-    if config.data.name == "folder" and not config.data.root:
-        raise ConfigError("config.data.name='folder' needs --config.data.root=FOLDER")
     if config.backbone.stride and config.backbone.stride & (config.backbone.stride - 1):
         raise ConfigError(
             f"config.backbone.stride is {config.backbone.stride}; allowed: 0, 4, 8, 16, 32"
         )
+    if config.data.name == "images":
+        raise ConfigError("config.data.name='images' has no masks; allowed: shapes, folder, tfds")
+
+
+def _validate_dino(config: ml_collections.ConfigDict) -> None:
+    for key in ("views.global_scale", "views.local_scale"):
+        low, high = _pair(config, key, float)
+        if not 0 < low <= high <= 1:
+            raise ConfigError(f"config.{key} is ({low}, {high}); allowed: 0 < low <= high <= 1")
+    for key in ("blur", "solarize"):
+        value = tuple(config.views[key])
+        if len(value) != 3 or not all(0 <= v <= 1 for v in value):
+            raise ConfigError(
+                f"config.views.{key} is {value}; allowed: three probabilities, of the first and the "
+                "second global crop and of the local ones"
+            )
+    sizes = {"global_size": config.views.global_size, "local_size": config.views.local_size}
+    patch = BACKBONES[config.backbone.variant].patch
+    for name, size in sizes.items():
+        if size % patch:
+            raise ConfigError(
+                f"config.views.{name} is {size}; allowed: multiples of the patch {patch} of "
+                f"{config.backbone.variant}"
+            )
 
 
 def _pair(config: ml_collections.ConfigDict, key: str, kind: type) -> tuple[Any, Any]:

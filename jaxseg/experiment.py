@@ -19,7 +19,8 @@ from jaxseg.data import loader, sources
 from jaxseg.data.cache import DiskStore, FeatureCache, PreparedSource
 from jaxseg.models import HEADS
 from jaxseg.models.segmenter import Segmenter, default_stride
-from jaxseg.models.vit import Variant, from_variant, get_variant
+from jaxseg.models.backbones import BACKBONES, AnyVariant
+from jaxseg.models.vit import Variant, from_variant
 from jaxseg.ops.augment import Augmentation
 from jaxseg.tasks.segmentation import SegmentationTask
 from jaxseg.train.state import split_params
@@ -29,21 +30,21 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """Which ViT a run uses, and its pretrained parameters if there are any.
+    """Which backbone a run uses, and its pretrained parameters if there are any.
 
     Attributes:
       variant: its shape.
-      params: parameters in the layout of `ViT`, or None to start from scratch.
+      params: its parameters, or None to start from scratch.
     """
 
-    variant: Variant
+    variant: AnyVariant
     params: Mapping[str, Any] | None = None
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict) -> "Backbone":
         """Reads what `config.backbone` asks for."""
         if not config.backbone.weights:
-            return cls(get_variant(config.backbone.variant))
+            return cls(BACKBONES[config.backbone.variant])
         loaded = weights.load(config.backbone.weights)
         log.info("backbone %s from %s", loaded.variant.name, loaded.source)
         return cls(loaded.variant, loaded.params)
@@ -88,13 +89,15 @@ def make_source(
             dataset=data.tfds.name,
             image_key=data.tfds.image_key,
             mask_key=data.tfds.mask_key,
+            label_key=data.tfds.label_key,
             foreground=tuple(data.tfds.foreground),
             void=tuple(data.tfds.void),
         )
     if data.name == "folder":
         options = dict(mask_values=data.mask_values, mask_threshold=data.mask_threshold or None)
-    if data.name == "shapes" and tuple(data.size) != (0, 0):
-        options = dict(size=tuple(data.size))
+    if data.name == "shapes":
+        options = dict(size=tuple(data.size)) if tuple(data.size) != (0, 0) else {}
+        options |= dict(length=data.length) if data.length and split == "train" else {}
     source = sources.create(data.name, split, root=data.root, categories=chosen, **options)
     return sources.First(source, data.limit) if data.limit else source
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxseg import predict, run
+from jaxseg import predict, pretrain, run, workdir as folder
 from jaxseg.config import ConfigError
 from jaxseg.train.loop import Interrupted
 
@@ -27,11 +27,16 @@ def main(
     if mode == "train":
         if config is None:
             raise ConfigError("--mode=train needs --config=configs/FILE.py")
-        run.train(config, workdir)
+        _module(config.task).train(config, workdir)
     elif mode == "eval":
-        run.evaluate(workdir, overrides)
+        _module(folder.load(workdir, overrides)[0].task).evaluate(workdir, overrides)
     else:
         if not inputs or not outputs:
             raise ConfigError("--mode=predict needs --inputs=FILE|FOLDER|GLOB and --outputs=FOLDER")
         masks = predict.predict(workdir, inputs, Path(outputs), overrides)
         print(f"{len(masks)} masks and overlays in {outputs}")
+
+
+def _module(task: str):
+    """What trains and evaluates a task."""
+    return run if task == "segmentation" else pretrain

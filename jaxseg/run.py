@@ -216,15 +216,9 @@ def _abstract(config, task: SegmentationTask, mesh: Mesh) -> tuple[TrainState, A
     trained, frozen = split_params(params, frozen_paths(config))
     optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1))
     average = config.optim.average
-    state = jax.eval_shape(lambda p: loop.make_state(p, optimizer, average), trained)
-
-    def placed(tree):
-        shardings = partition.tree_sharding(mesh, tree, config.sharding.params)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-        )
-
-    return placed(state), placed(frozen)
+    state = jax.eval_shape(lambda p: loop.make_state(task, p, optimizer, average), trained)
+    layout = config.sharding.params
+    return partition.abstract(mesh, state, layout), partition.abstract(mesh, frozen, layout)
 
 
 def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ import jax
 import ml_collections
 
 from jaxseg.config import ConfigError, check_same_run, validate
-from jaxseg.models.vit import Variant
+from jaxseg.models import backbones
 from jaxseg.train.writers import write_json
 
 # Evaluation and prediction take these sections as they were trained.
-_MODEL_SECTIONS = ("task", "backbone", "head", "optim")
+_MODEL_SECTIONS = ("task", "backbone", "head", "dino", "optim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +35,28 @@ class Description:
       size: (H, W) of the training images.
       categories: of the training data.
       frozen_sha256: of the frozen parameters; empty where all are trained.
+      examples: number of training images, from which schedules count epochs; 0 where none does.
     """
 
-    variant: Variant
+    variant: backbones.AnyVariant
     size: tuple[int, int]
     categories: tuple[str, ...]
     frozen_sha256: str
+    examples: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        fields = dataclasses.asdict(self) | {"variant": backbones.to_json(self.variant)}
+        return json.loads(json.dumps(fields))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Description":
         try:
             return cls(
-                Variant(**value["variant"]),
+                backbones.from_json(value["variant"]),
                 tuple(value["size"]),
                 tuple(value["categories"]),
                 value["frozen_sha256"],
+                value["examples"],
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"model.json is damaged or of another version: {error!r}") from error
@@ -121,7 +125,9 @@ def load(
     config = _with_tuples(stored)
     config.update_from_flattened_dict(dict(overrides))
     validate(config)
-    before, after = ({k: c[k] for k in _MODEL_SECTIONS} for c in (stored, config.to_dict()))
+    before, after = (
+        {k: c[k] for k in _MODEL_SECTIONS if k in c} for c in (stored, config.to_dict())
+    )
     check_same_run(before, after, workdir)
     return config, Description.from_json(_read(workdir / "model.json"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.common import get_base_config
+from configs.common import get_segmentation_config
 from jaxseg import config as checks
 from jaxseg import workdir as folder
 from jaxseg.config import ConfigError
@@ -22,10 +22,10 @@ def test_every_experiment_and_preset_is_valid(name):
     module = importlib.import_module(f"configs.{name}")
     for arg in (None, *module.PRESETS):
         config = module.get_config(arg)
-        if config.data.name == "folder":
+        if config.data.name in ("folder", "images"):
             config.data.root = "somewhere"
         checks.validate(config)
-        assert set(checks.flatten(config)) == set(checks.flatten(get_base_config()))
+        assert set(checks.flatten(config)) == set(checks.flatten(module.get_config()))
     with pytest.raises(ValueError, match="allowed after the colon: .*runlocal"):
         module.get_config("no_such_preset")
 
@@ -48,18 +48,18 @@ def test_every_experiment_and_preset_is_valid(name):
 )
 def test_wrong_overrides_are_named(argument, message):
     with pytest.raises(ConfigError, match=message):
-        checks.check_overrides([argument], get_base_config())
+        checks.check_overrides([argument], get_segmentation_config())
 
 
 def test_right_overrides_pass():
     good = ["--config.seed=3", "--config.optim.lr=1", "--config.eval.report=false", "--workdir=x"]
-    checks.check_overrides([*good, "--config.data.categories=('a','b')"], get_base_config())
+    checks.check_overrides([*good, "--config.data.categories=('a','b')"], get_segmentation_config())
 
 
 @pytest.mark.parametrize(
     "key, value, allowed",
     [
-        ("data.name", "imagenet", "shapes, folder, tfds"),
+        ("data.name", "imagenet", "shapes, folder, images, tfds"),
         ("head.name", "best", "linear.*pac_course"),
         ("eval.split", "validation", "train, val, test"),
         ("backbone.variant", "vit", "dino_vits16"),
@@ -78,7 +78,7 @@ def test_right_overrides_pass():
     ],
 )
 def test_values_outside_their_set_are_named(key, value, allowed):
-    config = get_base_config()
+    config = get_segmentation_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ConfigError, match=allowed):
         checks.validate(config)
@@ -92,7 +92,7 @@ def _begin(workdir, config, **changes):
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
-    config = get_base_config()
+    config = get_segmentation_config()
     _begin(tmp_path, config)
     _begin(tmp_path, config)
     config.eval.split = "val"
@@ -102,11 +102,11 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="(?s)another config.*optim.lr: 0.001 there, 0.5 now"):
         _begin(tmp_path, config)
     with pytest.raises(ConfigError, match="(?s)another model or data.*categories"):
-        _begin(tmp_path, get_base_config(), categories=("b",))
+        _begin(tmp_path, get_segmentation_config(), categories=("b",))
 
 
 def test_stored_config_comes_back(tmp_path):
-    config = get_base_config()
+    config = get_segmentation_config()
     config.backbone.layers = (2, -1)
     _begin(tmp_path, config)
     loaded, description = folder.load(tmp_path, {"data.limit": 3})
@@ -137,4 +137,4 @@ def test_a_workdir_is_held_by_one_training(tmp_path):
 def test_unwritable_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to --workdir"):
-        _begin(tmp_path / "file" / "w", get_base_config())
+        _begin(tmp_path / "file" / "w", get_segmentation_config())

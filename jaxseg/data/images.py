@@ -37,8 +37,10 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
+def read_image(path: str | os.PathLike, stream: IO[bytes] | None = None) -> np.ndarray:
     """Reads a picture as uint8 HxWx3 RGB, upright (EXIF orientation applied).
+
+    From the file, or from a `stream` of its bytes; then `path` is its name in messages.
 
     Grey is repeated, 16-bit is scaled to 8-bit, CMYK and palettes are converted, and transparent
     pixels are laid over mid-grey. Of several frames the first is read.
@@ -46,7 +48,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
       DataError: if the file is missing, truncated, no image, or of float pixels.
     """
-    return _read(path, to_rgb)
+    return _read(path, to_rgb, stream)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -144,9 +146,9 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         raise
 
 
-def _read(path, convert) -> np.ndarray:
+def _read(path, convert, stream=None) -> np.ndarray:
     """Opens, turns upright and converts; whatever goes wrong on the way names the file."""
-    with opened(path) as image:
+    with opened(path, stream) as image:
         turn = _TRANSPOSES.get(_orientation(image))
         return convert(image if turn is None else image.transpose(turn))
 

@@ -57,7 +57,8 @@ def train_batches(
 
     Yields:
       image uint8 bxHxWx3, mask uint8 bxHxW (absent if the source has none), category int32 b, any
-      further arrays of the examples, index int32 b (of the example in the source) and valid bool b.
+      further arrays of the examples, index int32 b (of the example in the source), row int32 b (its
+      place in the global batch) and valid bool b.
       Rows where `valid` is False are padding: mask void, everything else 0.
 
     Raises:
@@ -124,8 +125,12 @@ def _batches(
     def load(step: int) -> dict[str, np.ndarray]:
         asked = [(index_at(p), p) for p in (step * batch + offset for offset in offsets)]
         wanted = [(i, p) for i, p in asked if i is not None]
-        index = np.array([i for i, _ in wanted] + [0] * (rows - len(wanted)), np.int32)
-        which = {"index": index, "valid": np.arange(rows) < len(wanted)}
+        padding = [0] * (rows - len(wanted))
+        which = {
+            "index": np.array([i for i, _ in wanted] + padding, np.int32),
+            "row": np.array([p - step * batch for _, p in wanted] + padding, np.int32),
+            "valid": np.arange(rows) < len(wanted),
+        }
         return which | _stacked(read, wanted, rows)
 
     threads = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(num_threads, 2))

@@ -10,7 +10,7 @@ from PIL import Image
 from jaxseg.data.images import VOID, DataError
 
 _LOG = logging.getLogger(__name__)
-NAMES = ("shapes", "folder", "tfds")
+NAMES = ("shapes", "folder", "images", "tfds")
 _LONG_SIDE = 480  # of the automatic size, when images differ
 
 
@@ -55,11 +55,12 @@ def create(
     """Makes the source `name`.
 
     Args:
-      name: "shapes" (drawn, needs nothing), "folder" or "tfds".
+      name: "shapes" (drawn, needs nothing), "folder" (images and masks), "images" (without masks) or
+        "tfds".
       split: "train", "val" or "test"; for tfds any split it knows.
       root: the folder to read; for tfds its data_dir.
       categories: those to read; empty for all.
-      **options: of the source's class: `Shapes`, `Folder`, `Tfds`.
+      **options: of the source's class: `Shapes`, `Folder`, `Images`, `Tfds`.
 
     Raises:
       DataError: if the name is unknown, or the source finds something wrong.
@@ -69,6 +70,10 @@ def create(
         from jaxseg.data.folder import Folder
 
         return Folder(root, split, categories=categories, **options)
+    if name == "images":
+        from jaxseg.data.image_folder import Images
+
+        return Images(root, split, categories=categories, **options)
     if name == "tfds":
         from jaxseg.data.tfds_source import Tfds
 
@@ -138,7 +143,8 @@ def fit(example: dict, size: tuple[int, int], *, multiple: int = 16) -> dict:
     """Brings an example to (height, width) `size`, top left, by crop or letterbox (`placement`).
 
     A letterboxed image is resized bilinearly with antialiasing and its mask to the nearest; the
-    rest is the image's mean colour, and void (255) in the mask.
+    rest is the image's mean colour, and void (255) in the mask. `extent`, int32 (height, width), says
+    which part is image.
     """
     image, mask = example["image"], example.get("mask")
     (h, w), crop = placement(image.shape[:2], size, multiple=multiple)
@@ -154,7 +160,8 @@ def fit(example: dict, size: tuple[int, int], *, multiple: int = 16) -> dict:
             padded = np.full(size, VOID, np.uint8)
             padded[:h, :w] = _resized(mask, (h, w), Image.Resampling.NEAREST)
             mask = padded
-    return {**example, "image": image} | ({} if mask is None else {"mask": mask})
+    example = {**example, "image": image, "extent": np.array([h, w], np.int32)}
+    return example if mask is None else {**example, "mask": mask}
 
 
 def _resized(array: np.ndarray, size: tuple[int, int], method: Image.Resampling) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Images and masks of a prepared TensorFlow Datasets data set, read without TensorFlow."""
+"""Images with masks or labels of a prepared TensorFlow Datasets data set, read without TensorFlow."""
 
 import io
 import re
@@ -17,26 +17,27 @@ _PREPARE = (
 
 
 class Tfds:
-    """Image and binary mask of any TFDS data set that has both; there is one category, "object".
+    """Images of any TFDS data set, with a binary mask or with a class label.
 
-    As in TFDS itself, images are not turned by their EXIF orientation.
+    With masks there is one category, "object"; with labels the categories are the label's names. As
+    in TFDS itself, images are not turned by their EXIF orientation.
 
     Args:
       split: a split of the data set, or a slice as "train[:80%]". "val" also finds "validation".
       dataset: its name, with config and version if need be, e.g. "oxford_iiit_pet".
       root: TFDS's data_dir; empty for its default.
-      image_key, mask_key: the features to read: uint8 HxWx3 or HxWx1, and integer HxW or HxWx1.
+      image_key, mask_key: the features to read: uint8 HxWx3 or HxWx1, and integer HxW or HxWx1; an
+        empty mask_key for no masks.
+      label_key: the class of an image, read where there are no masks; empty for none.
       foreground: the mask values that are foreground; all others are background. Empty: the
         values are 0/255, or ids 0 and 1 with 255 as void (see `images.read_mask`).
       void: the mask values to be ignored, if `foreground` is given. For the trimaps of
         oxford_iiit_pet: foreground=(1,), void=(3,).
-      categories: empty, or ("object",).
+      categories: empty, or all.
 
     Raises:
       DataError: if the data set is not prepared as array_record, or lacks the split or a feature.
     """
-
-    categories = ("object",)
 
     def __init__(
         self,
@@ -46,42 +47,52 @@ class Tfds:
         root: str = "",
         image_key: str = "image",
         mask_key: str = "segmentation_mask",
+        label_key: str = "",
         foreground: Sequence[int] = (),
         void: Sequence[int] = (),
         categories: Sequence[str] = (),
     ):
-        unknown = sorted(set(categories) - set(self.categories))
-        if unknown:
-            raise DataError(f"{dataset} has no category {', '.join(unknown)}; available: object")
         builder = _prepared(dataset, root)
         features = dict(builder.info.features)
-        for key in (image_key, mask_key):
+        for key in filter(None, (image_key, mask_key, label_key)):
             if key not in features:
                 raise DataError(f"{dataset} has no feature {key!r}; it has {', '.join(features)}")
+        self.categories = ("object",)
+        if label_key and not mask_key:
+            self.categories = tuple(features[label_key].names)
+        if categories and set(categories) != set(self.categories):
+            raise DataError(
+                f"data.categories is {', '.join(categories)}; of {dataset} it can be empty, or all of "
+                f"{', '.join(self.categories)}"
+            )
         splits = builder.info.splits
         if split == "val" and "val" not in splits and "validation" in splits:
             split = "validation"
         self._examples = _open(builder, dataset, split)
         self._where = f"{dataset}/{split}"
         self._image_key, self._mask_key = image_key, mask_key
+        self._label_key = "" if mask_key else label_key
         self._foreground, self._void = tuple(foreground), tuple(void)
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict:
-        """Reads an example: image uint8 HxWx3, mask uint8 HxW in {0, 1, 255}, category 0, name."""
+        """Reads an example: image uint8 HxWx3, mask uint8 HxW in {0, 1, 255}, category, name."""
         where = f"{self._where} example {index}"
         if not 0 <= index < len(self):
             raise IndexError(f"{where}: there are {len(self)}")
         example = self._examples[int(index)]
         image = _rgb(example[self._image_key], f"{where} {self._image_key}")
+        name = re.sub(r"\W+", "-", f"{self._where}-{index:06d}")
+        if not self._mask_key:
+            label = int(example[self._label_key]) if self._label_key else 0
+            return {"image": image, "category": label, "name": name}
         mask = self._mask(example[self._mask_key], f"{where} {self._mask_key}")
         if image.shape[:2] != mask.shape:
             raise DataError(
                 f"{where}: image {image.shape[:2]} and mask {mask.shape} must have the same size"
             )
-        name = re.sub(r"\W+", "-", f"{self._where}-{index:06d}")
         return {"image": image, "mask": mask, "category": 0, "name": name}
 
     def sizes(self) -> list[tuple[int, int]]:

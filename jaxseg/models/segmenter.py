@@ -16,6 +16,12 @@ NORMALIZATIONS = {
 }
 
 
+def normalize(image: jax.Array, name: str) -> jax.Array:
+    """Images in [0, 1], [..., 3], less the mean and over the deviation of `NORMALIZATIONS[name]`."""
+    mean, std = NORMALIZATIONS[name]
+    return (image - jnp.asarray(mean)) / jnp.asarray(std)
+
+
 def default_stride(patch: int) -> int:
     """Image pixels per token: the patch size where that is a power of two, else 16.
 
@@ -52,8 +58,7 @@ class Segmenter(nn.Module):
         patch = self.backbone.variant.patch
         size = (height // self.stride * patch, width // self.stride * patch)
         x = resize_bilinear(image_BxHxWx3, size)
-        mean, std = NORMALIZATIONS[self.normalization]
-        x = (x - jnp.asarray(mean)) / jnp.asarray(std)
+        x = normalize(x, self.normalization)
         if self.layers == (-1,):
             return self.backbone(x)["patches"]
         out = self.backbone(x, layers=self.layers)["layers"]

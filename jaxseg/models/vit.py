@@ -56,6 +56,9 @@ VARIANTS: dict[str, Variant] = {
         # Ours: small enough to train together with a head on a laptop.
         Variant("vit_micro16", 16, 128, 4, 4, grid=8),
         Variant("vit_micro8", 8, 128, 4, 4, grid=16),
+        # Ours, for images of 32 x 32.
+        Variant("vit_micro4", 4, 128, 6, 4, grid=8),
+        Variant("vit_small4", 4, 384, 12, 6, grid=8),
     ]
 }
 
@@ -75,9 +78,9 @@ def get_variant(variant: Variant | str) -> Variant:
     return VARIANTS[variant]
 
 
-def from_variant(variant: Variant | str, *, dtype: Any = jnp.float32) -> "ViT":
+def from_variant(variant: Variant | str, *, dtype: Any = jnp.float32, **options) -> "ViT":
     """Returns the ViT of a Variant or of a name in `VARIANTS`, computing in `dtype`."""
-    return ViT(variant=get_variant(variant), dtype=dtype)
+    return ViT(variant=get_variant(variant), dtype=dtype, **options)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -173,27 +176,49 @@ class Mlp(nn.Module):
         return nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="fc2")(gelu(x))
 
 
+def drop_path(x_BxNxD: jax.Array, keys_B: jax.Array | None, rate: float) -> jax.Array:
+    """Stochastic depth (Huang et al., ECCV 2016): an example's branch is 0 with probability `rate`.
+
+    What is kept is scaled by 1 / (1 - rate). A key for each example makes the draw independent of the
+    batch that it is in; without keys nothing is dropped.
+    """
+    if keys_B is None or not rate:
+        return x_BxNxD
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate))(keys_B)
+    return x_BxNxD * (kept / (1.0 - rate)).astype(x_BxNxD.dtype)[:, None, None]
+
+
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block.
+
+    Attributes:
+      drop_rate: of `drop_path` for both branches.
+      with_weights: whether to return the attention weights.
+    """
 
     variant: Variant
     dtype: Any
+    drop_rate: float = 0.0
+    with_weights: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BxNxD: jax.Array, *, with_weights: bool = False
+        self, x_BxNxD: jax.Array, keys_2xB: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the tokens [B, N, D] and, if asked, the attention weights [B, heads, N, N]."""
         v = self.variant
+        keys = (None, None) if keys_2xB is None else keys_2xB
         y, weights = Attention(v.heads, self.dtype, name="attn")(
             nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x_BxNxD),
-            with_weights=with_weights,
+            with_weights=self.with_weights,
         )
-        x = x_BxNxD + (LayerScale(self.dtype, name="ls1")(y) if v.layerscale else y)
+        y = LayerScale(self.dtype, name="ls1")(y) if v.layerscale else y
+        x = x_BxNxD + drop_path(y, keys[0], self.drop_rate)
         y = Mlp(v.mlp_ratio, self.dtype, name="mlp")(
             nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
         )
-        return x + (LayerScale(self.dtype, name="ls2")(y) if v.layerscale else y), weights
+        y = LayerScale(self.dtype, name="ls2")(y) if v.layerscale else y
+        return x + drop_path(y, keys[1], self.drop_rate), weights
 
 
 class PatchEmbed(nn.Module):
@@ -219,14 +244,27 @@ class ViT(nn.Module):
     Parameters are float32; matrix products run in `dtype` (float32 or bfloat16), LayerNorm
     statistics and softmax in float32. On GPUs and TPUs float32 products follow
     `jax.default_matmul_precision`.
+
+    Attributes:
+      drop_path: stochastic depth of the last block, rising linearly from 0 in the first; only where
+        keys are given.
+      remat: compute a block's activations again in the backward pass instead of keeping them.
     """
 
     variant: Variant
     dtype: Any = jnp.float32
+    drop_path: float = 0.0
+    remat: bool = False
 
     @nn.compact
     def __call__(
-        self, image_BxHxWx3: jax.Array, *, layers: Sequence[int] = (), attention: bool = False
+        self,
+        image_BxHxWx3: jax.Array,
+        *,
+        layers: Sequence[int] = (),
+        attention: bool = False,
+        drop_keys_B: jax.Array | None = None,
+        train: bool = False,
     ) -> dict[str, Any]:
         """Computes the features of normalised images.
 
@@ -234,6 +272,8 @@ class ViT(nn.Module):
           image_BxHxWx3: float, normalised (the released weights expect ImageNet mean and deviation).
           layers: blocks to return besides the last; negative ones count from the end.
           attention: whether to return the attention of the last block.
+          drop_keys_B: a random key for each image, for `drop_path`.
+          train: changes nothing; other backbones have batch norm.
 
         Returns:
           Float32 arrays. `cls` [B, D] and `patches` [B, h, w, D] after the final norm. `layers` and
@@ -251,10 +291,17 @@ class ViT(nn.Module):
         x = self._tokens(image_BxHxWx3, grid_hw)
         norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name="norm")
         kept = {}
+        block = nn.remat(Block) if self.remat else Block
         for i in range(v.depth):
-            x, weights = Block(v, self.dtype, name=f"blocks_{i}")(
-                x, with_weights=attention and i == v.depth - 1
-            )
+            keys = None
+            if drop_keys_B is not None and self.drop_path:
+                branches = jnp.arange(2 * i, 2 * i + 2)
+                keys = jax.vmap(lambda n: jax.vmap(jax.random.fold_in, (0, None))(drop_keys_B, n))(
+                    branches
+                )
+            rate = self.drop_path * i / max(v.depth - 1, 1)
+            with_weights = attention and i == v.depth - 1
+            x, weights = block(v, self.dtype, rate, with_weights, name=f"blocks_{i}")(x, keys)
             if i in wanted.values():
                 kept[i] = norm(x)
         x = norm(x)

@@ -1,4 +1,4 @@
-"""What is learned: a task makes parameters, a training loss and evaluation sums of a batch.
+"""What is learned: a task makes parameters, and a loss of a batch.
 
 A task is any object with the four methods of `Task`. Adding one is a file here, a line in
 `jaxseg/experiment.py` and a config.
@@ -11,20 +11,36 @@ import jax
 
 
 class Task(Protocol):
-    """The interface between the training loop and what is learned."""
+    """The interface between the training loop and what is learned.
+
+    Batches hold arrays whose first axis is the example; `row` is an example's place in the global
+    batch and `valid` is False for padding.
+    """
 
     def init(self, rng: jax.Array) -> Mapping[str, Any]:
         """Makes the whole parameter tree from a key, without looking at data."""
 
+    def init_extra(self, params: Mapping[str, Any]) -> Any:
+        """What else is carried from step to step, at the start; None for nothing."""
+
     def loss(
-        self, params: Mapping[str, Any], batch: Mapping[str, jax.Array], rng: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The scalar loss of a global batch, and scalars to log."""
+        self,
+        params: Mapping[str, Any],
+        extra: Any,
+        batch: Mapping[str, jax.Array],
+        rng: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """(scalar loss, tree of statistics) of a batch, each a mean over its valid examples.
 
-    def sums(
-        self, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Evaluation: sums over the valid examples by category, and values of each example."""
+        The batch may be a part of the global one: the loop averages loss, gradient and statistics
+        over the parts. So what is random must follow from `rng` and `row`.
+        """
 
-    def summarize(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """The metrics of a split, from its added `sums`."""
+    def update_extra(
+        self, extra: Any, statistics: Any, params: Mapping[str, Any], step: jax.Array
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """(the extra state after a step, scalars to log), from the step's statistics and result.
+
+        `params` are those after the step, without the frozen ones.
+        """

@@ -73,11 +73,24 @@ class SegmentationTask:
         image = batch["image"].astype(jnp.float32) / 255.0
         return self.model.apply({"params": params}, image, features_BxhxwxC=batch.get("features"))
 
+    def init_extra(self, params: Mapping[str, Any]) -> None:
+        """Nothing is carried beside the parameters."""
+
+    def update_extra(self, extra: None, statistics, params, step) -> tuple[None, dict]:
+        """Nothing is carried, and nothing logged beside the loss."""
+        return None, {}
+
     def loss(
-        self, params: Mapping[str, Any], batch: Mapping[str, jax.Array], rng: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self,
+        params: Mapping[str, Any],
+        extra: None,
+        batch: Mapping[str, jax.Array],
+        rng: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, dict]:
         """Mean loss of the valid images; a head with a coarse output is trained on that."""
-        key_augment, key_dropout = jax.random.split(rng)
+        # Parts of one batch must not share their noise.
+        key_augment, key_dropout = jax.random.split(jax.random.fold_in(rng, batch["row"][0]))
         image = batch["image"].astype(jnp.float32) / 255.0
         mask = batch["mask"]
         if self.augmentation is not None:

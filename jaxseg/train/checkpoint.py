@@ -21,9 +21,8 @@ from orbax.checkpoint import checkpoint_managers
 
 log = logging.getLogger(__name__)
 
-# The two latest, so that there is one to fall back on, and the best by this metric.
+# So that there is one to fall back on.
 _KEEP_LATEST = 2
-BEST_METRIC = "iou"
 
 
 class CheckpointError(ValueError):
@@ -70,16 +69,18 @@ def _abstract(tree: Any) -> Any:
 
 
 class Checkpointer:
-    """Saves and restores the `TrainState`s of one workdir.
+    """Saves and restores the `TrainState`s of one workdir: the latest, and the best.
 
     Args:
       workdir: the run's folder.
       read_only: never write, delete or move anything (evaluation, prediction).
+      best_metric: the highest is the best.
     """
 
-    def __init__(self, workdir: Path, *, read_only: bool = False):
+    def __init__(self, workdir: Path, *, read_only: bool = False, best_metric: str = "iou"):
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._read_only = read_only
+        self._best = best_metric
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -87,7 +88,7 @@ class Checkpointer:
             [
                 checkpoint_managers.LatestN(_KEEP_LATEST),
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    get_metric_fn=lambda metrics: metrics[self._best],
                     reverse=False,
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -95,7 +96,7 @@ class Checkpointer:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics[BEST_METRIC],
+            best_fn=lambda metrics: metrics[self._best],
             best_mode="max",
             preservation_policy=None if self._read_only else keep,
             cleanup_tmp_directories=not self._read_only,
@@ -112,10 +113,11 @@ class Checkpointer:
         """Starts to save; returns once the arrays are copied, and the rest happens in the background."""
         if step in self._manager.all_steps():
             return
+        known = metrics is not None and self._best in metrics
         self._manager.save(
             step,
             args=ocp.args.StandardSave(_bundle(state)),
-            metrics=None if metrics is None else {BEST_METRIC: float(metrics[BEST_METRIC])},
+            metrics={self._best: float(metrics[self._best])} if known else None,
             force=True,
         )
 
@@ -124,7 +126,7 @@ class Checkpointer:
 
         Args:
           like: a state of the wanted structure, shapes and shardings.
-          which: `latest` or `best` (by validation `iou`; the latest where none was measured).
+          which: `latest` or `best` (by `best_metric`; the latest where it was not measured).
 
         Raises:
           CheckpointError: there are checkpoints, and none can be read.

@@ -78,35 +78,72 @@ class StopSignal:
 
 
 def make_state(
-    params: Mapping[str, Any], optimizer: optax.GradientTransformation, average: float
+    task: Task,
+    params: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    average: float = 0.0,
 ) -> TrainState:
     """The state before the first step."""
     # The average is a copy: sharing buffers with the parameters would donate them twice.
     copy = jax.tree.map(jnp.copy, params) if average else None
-    return TrainState(jnp.zeros((), jnp.int32), params, copy, optimizer.init(params))
+    extra = jax.tree.map(jnp.copy, task.init_extra(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, copy, extra, optimizer.init(params))
+
+
+def _parts(batch: Mapping[str, jax.Array], count: int) -> Mapping[str, jax.Array]:
+    """[B, ...] to [count, B / count, ...]; strided, so that each part lies on all devices."""
+    return {k: jnp.swapaxes(v.reshape(-1, count, *v.shape[1:]), 0, 1) for k, v in batch.items()}
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, *, seed: int, average: float = 0.0
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    average: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns `step(state, frozen, batch) -> (state, scalars)`; randomness is from (seed, step)."""
+    """Returns `step(state, frozen, batch) -> (state, scalars)`; randomness is from (seed, step).
+
+    With `accumulate` the batch is taken in so many parts, one after the other, for the same result
+    in less memory: loss, gradient and statistics are averaged, weighted by the parts' valid examples.
+    """
 
     def step(state: TrainState, frozen, batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def loss_fn(params):
-            return task.loss(merge_params(params, frozen), batch, rng)
+        def loss_fn(params, part):
+            return task.loss(merge_params(params, frozen), state.extra, part, rng, state.step)
 
-        (loss, extra), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def whole(part):
+            return jax.value_and_grad(loss_fn, has_aux=True)(state.params, part)
+
+        def add(total, part):
+            share = part["valid"].sum() / jnp.maximum(batch["valid"].sum(), 1)
+            return jax.tree.map(lambda t, x: t + share * x, total, whole(part)), None
+
+        if accumulate > 1:
+            parts = _parts(batch, accumulate)
+            like = jax.eval_shape(whole, jax.tree.map(lambda x: x[0], parts))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+            ((loss, statistics), grads), _ = jax.lax.scan(add, zeros, parts)
+        else:
+            (loss, statistics), grads = whole(batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        extra, logged = task.update_extra(state.extra, statistics, params, state.step)
         mean = state.average
         if mean is not None:
             # Short memory at first, so that the average does not remember the initialisation.
             decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
             mean = optax.incremental_update(params, mean, 1.0 - decay)
-        scalars = {"loss": loss, "gradient_norm": optax.tree.norm(grads), **extra}
-        return TrainState(state.step + 1, params, mean, opt_state), scalars
+        scalars = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(grads),
+            "update_ratio": optax.tree.norm(updates) / optax.tree.norm(params),
+            **logged,
+        }
+        return TrainState(state.step + 1, params, mean, extra, opt_state), scalars
 
     return step
 
@@ -149,6 +186,9 @@ class Trainer:
       seed: of augmentation and dropout.
       workdir: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
       evaluate: scores a state on validation data, which picks the best checkpoint; or None.
+      best_metric: the one that `evaluate` returns.
+      accumulate: parts in which a batch is taken, see `make_train_step`.
+      watch: sees the step and what is logged of it; or None.
     """
 
     task: Task
@@ -162,6 +202,9 @@ class Trainer:
     seed: int
     workdir: Path
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
+    best_metric: str = "iou"
+    accumulate: int = 1
+    watch: Callable[[int, Mapping[str, float]], None] | None = None
 
     def run(self, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> TrainState:
         """Runs all steps that are left.
@@ -177,10 +220,10 @@ class Trainer:
           NonFiniteLossError: naming the step and the last good checkpoint.
           Interrupted: after SIGTERM, once the state is saved.
         """
-        state = make_state(params, self.optimizer, self.schedule.average)
+        state = make_state(self.task, params, self.optimizer, self.schedule.average)
         shardings = partition.tree_sharding(self.mesh, state, self.layout)
         state = partition.put_tree(state, shardings)
-        self._checkpointer = Checkpointer(self.workdir)
+        self._checkpointer = Checkpointer(self.workdir, best_metric=self.best_metric)
         self._losses = _PendingLosses()
         try:
             state, start = self._checkpointer.restore(state) or (state, 0)
@@ -191,7 +234,11 @@ class Trainer:
                 "train", self.schedule.steps, start=start, unit_images=self.batch_size
             )
             step_fn = make_train_step(
-                self.task, self.optimizer, seed=self.seed, average=self.schedule.average
+                self.task,
+                self.optimizer,
+                seed=self.seed,
+                average=self.schedule.average,
+                accumulate=self.accumulate,
             )
             step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
             if start < self.schedule.steps:
@@ -244,3 +291,5 @@ class Trainer:
         values["images_per_second"] = round(self._progress.images_per_second, 2)
         values["time"] = round(time.time(), 3)
         self._writer.write(step, values)
+        if self.watch is not None:
+            self.watch(step, values)

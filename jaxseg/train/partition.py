@@ -52,6 +52,15 @@ def tree_sharding(mesh: Mesh, tree: Any, layout: str) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def abstract(mesh: Mesh, tree: Any, layout: str) -> Any:
+    """`tree` as `ShapeDtypeStruct`s that know where they belong, see `tree_sharding`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        tree_sharding(mesh, tree, layout),
+    )
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Makes global arrays of this process's share of a batch; the shares of all processes are equal."""
     sharding = batch_sharding(mesh)

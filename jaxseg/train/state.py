@@ -17,12 +17,14 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32 scalar, the number of finished steps.
       params: the parameters that are trained.
       average: exponential moving average of `params`, or None.
+      extra: what the task carries from step to step beside them (DINO: teacher and centre), or None.
       opt_state: the optimiser's state over `params`.
     """
 
     step: jax.Array
     params: Params
     average: Params | None
+    extra: Any
     opt_state: Any
 
     @property

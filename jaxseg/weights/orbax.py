@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxseg.models.vit import Variant
+from jaxseg.models import backbones
 
 
-def read(workdir: Path) -> tuple[dict[str, Any], Variant]:
-    """Reads backbone parameters, those last saved (their moving average where there is one).
+def read(workdir: Path) -> tuple[dict[str, Any], backbones.AnyVariant]:
+    """Reads backbone parameters, those last saved: of a teacher or moving average where there is one.
 
     Returns:
       (nested dict of NumPy arrays in the layout of `ViT`, its variant).
@@ -23,7 +23,7 @@ def read(workdir: Path) -> tuple[dict[str, Any], Variant]:
     description = workdir / "model.json"
     if not description.exists():
         raise ValueError(f"{workdir} is no workdir of a run: model.json is missing")
-    variant = Variant(**json.loads(description.read_text())["variant"])
+    variant = backbones.from_json(json.loads(description.read_text())["variant"])
     folders = [workdir / "frozen"] if (workdir / "frozen").exists() else _steps(workdir)
     if not folders:
         raise ValueError(f"{workdir} holds no checkpoint yet")
@@ -32,8 +32,12 @@ def read(workdir: Path) -> tuple[dict[str, Any], Variant]:
             tree = checkpointer.restore(folders[-1].absolute())["tree"]
     except Exception as error:  # Orbax and TensorStore raise many kinds here.
         raise ValueError(f"{folders[-1]} cannot be read: {error}") from error
-    # A frozen copy holds parameters alone, a checkpoint the whole state.
-    params = tree if "backbone" in tree else tree.get("average") or tree["params"]
+    if "backbone" in tree:  # a frozen copy, which is parameters alone
+        params = tree
+    elif tree.get("extra"):
+        params = tree["extra"]["teacher"]
+    else:
+        params = tree.get("average") or tree["params"]
     return jax.tree.map(np.asarray, params["backbone"]), variant
 
 

@@ -46,7 +46,9 @@ def test_what_a_batch_holds():
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         "image": ((3, *SIZE, 3), np.uint8),
         "mask": ((3, *SIZE), np.uint8),
+        "extent": ((3, 2), np.int32),
         "index": ((3,), np.int32),
+        "row": ((3,), np.int32),
         "category": ((3,), np.int32),
         "valid": ((3,), np.bool_),
     }
@@ -138,7 +140,7 @@ def test_eval_reads_all_once_in_order_and_pads_the_last():
 def test_without_masks():
     source = Numbered(3, masks=False)
     (batch,) = data.eval_batches(source, batch=4, size=SIZE)
-    assert batch.keys() == {"image", "category", "index", "valid"}
+    assert batch.keys() == {"image", "extent", "category", "index", "row", "valid"}
 
 
 def test_ready_examples_with_further_arrays():

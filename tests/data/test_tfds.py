@@ -140,7 +140,7 @@ def test_through_the_loader(root):
 def test_errors(root):
     with pytest.raises(DataError, match="no feature 'mask'; it has .*segmentation_mask"):
         create(root, mask_key="mask")
-    with pytest.raises(DataError, match="no category cat; available: object"):
+    with pytest.raises(DataError, match="data.categories is cat; .* all of object"):
         create(root, categories=["cat"])
     with pytest.raises(
         DataError, match="example 0 segmentation_mask: mask values 1, 2, 3 .*name the foreground"

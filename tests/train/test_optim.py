@@ -5,13 +5,13 @@ import numpy as np
 import optax
 import pytest
 
-from configs.common import get_base_config
+from configs.common import get_segmentation_config
 from jaxseg.train import optim
 from jaxseg.train.state import merge_params, split_params
 
 
 def _config(**changes):
-    config = get_base_config().optim
+    config = get_segmentation_config().optim
     config.update(changes)
     return config
 

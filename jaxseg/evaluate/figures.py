@@ -1,0 +1,118 @@
+"""What the pictures of the analysis share. Figures are objects of their own: no pyplot state."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Colour-blind safe.
+RIGHT, WRONG, PLAIN = "#009e73", "#d55e00", "#444444"
+_INCH = 1.5  # the side of a picture in a grid
+
+
+def make_grid(
+    rows: int, columns: int, *, titles: Sequence[str] = (), inch: float = _INCH, aspect: float = 1.0
+) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x columns axes without ticks for pictures of height / width `aspect`."""
+    figure = Figure(
+        figsize=(inch * columns + 0.6, inch * rows * aspect + 0.5), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=9)
+    return figure, axes
+
+
+def set_frame(axis: Axes, color: str, *, width: float = 3) -> None:
+    """Frames a picture."""
+    for spine in axis.spines.values():
+        spine.set(color=color, linewidth=width)
+
+
+def class_colors(count: int) -> np.ndarray:
+    """Float [count, 4] RGBA; neighbouring classes differ as far as the count allows."""
+    if count <= 10:
+        return matplotlib.colormaps["tab10"](np.arange(count))
+    if count <= 20:
+        return matplotlib.colormaps["tab20"](np.arange(count))
+    return matplotlib.colormaps["turbo"](np.linspace(0, 1, count))
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes the figure whole or not at all, making the folder if needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        figure.savefig(temporary, dpi=110)
+        os.chmod(temporary, 0o644)  # mkstemp's file can be read by its owner alone.
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def plot_confusion(
+    labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], path: str | Path
+) -> None:
+    """The share of each class (row) that was predicted as each class (column), in per cent.
+
+    Args:
+      labels, predictions: int [N], indices into `names`.
+      names: of the classes; numbers are written in up to 20 of them.
+      path: of the PNG.
+
+    Raises:
+      ValueError: lengths differ, or a label has no name.
+    """
+    share = 100 * confusion(labels, predictions, classes=len(names))
+    side = min(14.0, 2.2 + 0.5 * len(names))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axis.set(xlabel="predicted", ylabel="class")
+    if len(names) <= 20:
+        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set_yticks(range(len(names)), names)
+        for (row, column), value in np.ndenumerate(share):
+            color = "white" if value > 60 else PLAIN
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, size=8)
+    axis.set_title(f"accuracy {np.mean(np.equal(labels, predictions)):.3f}")
+    save(figure, path)
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, *, classes: int) -> np.ndarray:
+    """Float [classes, classes]: share of the class of each row that was predicted as each column."""
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
+        raise ValueError(f"{labels.shape} labels and {predictions.shape} predictions: need two [N]")
+    if min(labels.min(), predictions.min()) < 0 or max(labels.max(), predictions.max()) >= classes:
+        raise ValueError(f"labels and predictions must be in 0 to {classes - 1}")
+    counts = np.bincount(labels * classes + predictions, minlength=classes**2)
+    counts = counts.reshape(classes, classes)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def plot_lines(
+    lines: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, **axis_options: Any
+) -> None:
+    """Lines {label: (x, y)} in one pair of axes; the options are those of `Axes.set`."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for label, (x, y) in lines.items():
+        axis.plot(x, y, label=label)
+    axis.set(**axis_options)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, path)

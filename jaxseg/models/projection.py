@@ -1,0 +1,49 @@
+"""Projection head of DINO (Caron et al., ICCV 2021, appendix C)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxseg.models.vit import gelu
+
+_init = nn.initializers.truncated_normal(0.02)
+
+
+class ProjectionHead(nn.Module):
+    """Three linear layers, L2 normalisation, and a weight-normalised linear layer without bias.
+
+    Attributes:
+      outputs: K, the number of prototypes.
+      hidden, bottleneck: widths of the layers before.
+      norm_last_layer: keep the gains g of the weight norm at 1 (else they are trained).
+      dtype: of the matrix products; norms, and what is returned, are float32.
+    """
+
+    outputs: int
+    hidden: int = 2048
+    bottleneck: int = 256
+    norm_last_layer: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_NxD: jax.Array) -> jax.Array:
+        """Logits float32 [N, K] of features [N, D]; cosines in [-1, 1] where gains are 1."""
+        x = x_NxD
+        for i, width in enumerate((self.hidden, self.hidden, self.bottleneck)):
+            x = gelu(x) if i else x
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=_init, name=f"mlp_{2 * i}")(x)
+        x = _normalized(x.astype(jnp.float32), axis=-1)
+        v = self.param("last_layer_v", _init, (self.bottleneck, self.outputs))
+        kernel = _normalized(v, axis=0)
+        if not self.norm_last_layer:
+            kernel *= self.param("last_layer_g", nn.initializers.ones, (self.outputs,))
+        out = jnp.matmul(
+            x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+        return out.astype(jnp.float32)
+
+
+def _normalized(x: jax.Array, axis: int) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 1e-12)

@@ -1,0 +1,369 @@
+"""Learning without labels: training, evaluation and restoration of a pretext task's run."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxseg import workdir as folder
+from jaxseg.config import ConfigError, validate
+from jaxseg.data import DataError, loader, sources
+from jaxseg.data.cache import PreparedSource
+from jaxseg.evaluate import features, knn, rank
+from jaxseg.experiment import Backbone, make_source, total_steps
+from jaxseg.models import backbones
+from jaxseg.models.projection import ProjectionHead
+from jaxseg.models.segmenter import normalize
+from jaxseg.ops.resize import resize_bilinear
+from jaxseg.ops.views import View
+from jaxseg.tasks.dino import DinoTask
+from jaxseg.train import loop, optim, partition, schedules
+from jaxseg.train.checkpoint import Checkpointer
+from jaxseg.train.collapse import CollapseMonitor
+from jaxseg.train.state import TrainState
+from jaxseg.train.writers import write_json
+
+log = logging.getLogger(__name__)
+
+
+def make_views(config: ml_collections.ConfigDict) -> tuple[View, ...]:
+    """The crops of `config.views`: two global ones, then the local ones."""
+    v = config.views
+    shared = {
+        k: v[k] for k in ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "gray")
+    }
+
+    def view(kind: str, which: int) -> View:
+        size, scale = v[f"{kind}_size"], tuple(v[f"{kind}_scale"])
+        return View(size, scale, blur=v.blur[which], solarize=v.solarize[which], **shared)
+
+    return (view("global", 0), view("global", 1), *[view("local", 2)] * v.local_count)
+
+
+def make_backbone(config: ml_collections.ConfigDict, variant: backbones.AnyVariant) -> nn.Module:
+    """The backbone of a config, with what training adds."""
+    return backbones.build(
+        variant,
+        dtype=config.backbone.precision,
+        drop_path=config.backbone.drop_path,
+        remat=config.backbone.remat,
+    )
+
+
+def make_task(
+    config: ml_collections.ConfigDict,
+    variant: backbones.AnyVariant,
+    *,
+    steps: int,
+    examples: int,
+) -> DinoTask:
+    """The task of a config, for a run of `steps` on so many examples."""
+    options = config.dino
+    return DinoTask(
+        backbone=make_backbone(config, variant),
+        head=ProjectionHead(
+            options.outputs,
+            hidden=options.hidden,
+            bottleneck=options.bottleneck,
+            norm_last_layer=options.norm_last_layer,
+            dtype=config.backbone.precision,
+        ),
+        views=make_views(config),
+        normalization=config.backbone.normalization,
+        student_temperature=options.student_temperature,
+        teacher_temperature=schedules.staircase(
+            options.warmup_teacher_temperature,
+            options.teacher_temperature,
+            round(options.warmup_teacher_epochs),
+            examples / config.train.batch,
+        ),
+        momentum=schedules.cosine(options.momentum, 1.0, steps),
+        center_momentum=options.center_momentum,
+    )
+
+
+def make_optimizer(config: ml_collections.ConfigDict, *, steps: int, examples: int):
+    """(optimiser, learning rate by step): DINO's last layer rests at first."""
+    learning_rate = optim.make_schedule(config.optim, steps, batch=config.train.batch)
+    hold_steps = round(config.dino.freeze_last_layer * examples / config.train.batch)
+    optimizer = optim.make_optimizer(
+        config.optim, learning_rate, steps=steps, hold="last_layer", hold_steps=hold_steps
+    )
+    return optimizer, learning_rate
+
+
+class Reader:
+    """Batches of images alone, in the canvas `config.data.size`.
+
+    Args:
+      config: the run's config.
+      source: what to read; masks are left out.
+      size: (H, W) of the canvas.
+    """
+
+    def __init__(self, config, source: sources.Source, size: tuple[int, int]):
+        self._config = config
+        self._source = PreparedSource(
+            _WithoutMasks(source), size, multiple=1, memory=config.data.memory_gigabytes * 1e9
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return dict(
+            size=None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            local_devices=jax.local_device_count(),
+            num_threads=self._config.data.threads,
+            num_workers=self._config.data.workers,
+        )
+
+    def train_batches(self, start: int, stop: int) -> Iterator[Mapping[str, np.ndarray]]:
+        """This process's share of the training batches of steps start .. stop - 1."""
+        config = self._config
+        return loader.train_batches(
+            self._source,
+            batch=config.train.batch,
+            seed=config.seed,
+            start_step=start,
+            stop_step=stop,
+            **self._options(),
+        )
+
+    def spread(self, limit: int) -> tuple[Iterator[Mapping[str, np.ndarray]], int]:
+        """(batches of `limit` examples, evenly spaced over the source, their number); 0 = all."""
+        count = min(limit or len(self._source), len(self._source))
+        chosen = self._source.subset(np.linspace(0, len(self._source) - 1, count).astype(int))
+        batches = loader.eval_batches(chosen, batch=self._config.eval.batch, **self._options())
+        return batches, count
+
+
+class _WithoutMasks:
+    """A source that leaves masks out, so that they are not carried to the device."""
+
+    def __init__(self, source: sources.Source):
+        self.categories, self._source = source.categories, source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        return {k: v for k, v in self._source[index].items() if k != "mask"}
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Pretrains (or resumes) the run in `workdir` and evaluates it.
+
+    Returns:
+      What is written to `eval.json`.
+    """
+    validate(config)
+    source = make_source(config, "train")
+    size = sources.working_size(source, tuple(config.data.size), 1)
+    backbone = Backbone.load(config)
+    steps = total_steps(config, len(source))
+    task = make_task(config, backbone.variant, steps=steps, examples=len(source))
+    params = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
+    if backbone.params is not None:
+        params = {**params, "backbone": backbone.params}
+    description = folder.Description(
+        backbone.variant, size, tuple(source.categories), "", examples=len(source)
+    )
+    folder.begin(workdir, config, description)
+    mesh = partition.make_mesh()
+    optimizer, learning_rate = make_optimizer(config, steps=steps, examples=len(source))
+    with folder.lock(workdir):
+        loop.Trainer(
+            task=task,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            schedule=loop.Schedule(
+                steps=steps,
+                log_every=config.train.log_every,
+                eval_every=config.train.eval_every,
+                checkpoint_every=config.train.checkpoint_every,
+                average=config.optim.average,
+            ),
+            mesh=mesh,
+            layout=config.sharding.params,
+            batches=Reader(config, source, size).train_batches,
+            batch_size=config.train.batch,
+            seed=config.seed,
+            workdir=workdir,
+            evaluate=_validation(config, task, size, mesh, workdir),
+            best_metric="knn",
+            accumulate=config.train.accumulate,
+            watch=CollapseMonitor(config.dino.student_temperature),
+        ).run(params, {})
+    return evaluate(workdir, {})
+
+
+class Judge:
+    """Scores a state: loss on held-out images, and k-NN of the teacher's features.
+
+    Args:
+      config: says the data.
+      task: of the run.
+      size: (H, W) of the canvas.
+      mesh: all devices.
+
+    Raises:
+      DataError: there is no such split, or something is wrong with it.
+    """
+
+    def __init__(self, config, task: DinoTask, size: tuple[int, int], mesh: Mesh):
+        self._config, self._task, self._mesh = config, task, mesh
+        held_out = make_source(config, config.eval.split)
+        reference = make_source(config, config.eval.train_split)
+        self._held_out = Reader(config, held_out, size)
+        self._reference = Reader(config, reference, size)
+        self._classes = held_out.categories
+        if tuple(reference.categories) != tuple(held_out.categories):
+            raise DataError(
+                f"the classes of split {config.eval.train_split} are {reference.categories}, those "
+                f"of {config.eval.split} are {held_out.categories}: they must be the same"
+            )
+        self._embed = make_embedding(config, task.backbone)
+
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """(metrics, features `cls` [N, D] of the held-out images with `index` and `category`)."""
+        limit = self._config.eval.limit
+        batches, count = self._held_out.spread(limit)
+        loss = self._loss(state, batches)
+        teacher = {
+            "params": state.extra["teacher"]["backbone"],
+            "batch_stats": state.extra["teacher_statistics"],
+        }
+        batches, count = self._held_out.spread(limit)
+        found = features.gather(self._embed, teacher, batches, mesh=self._mesh, total=count)
+        metrics = {
+            "loss": loss,
+            "rankme": rank.rankme(found["cls"]),
+            "embedding_std": rank.embedding_std(found["cls"]),
+        }
+        if len(self._classes) > 1:
+            batches, count = self._reference.spread(limit)
+            train = features.gather(self._embed, teacher, batches, mesh=self._mesh, total=count)
+            k = min(self._config.eval.k, count)
+            metrics["knn"] = knn.knn_accuracy(
+                train["cls"],
+                train["category"],
+                found["cls"],
+                found["category"],
+                k=k,
+                temperature=self._config.eval.temperature,
+                classes=len(self._classes),
+            )[k]
+        return metrics, found
+
+    def _loss(self, state: TrainState, batches) -> float:
+        """Mean loss; an example's crops follow from the seed and its index alone."""
+        rng = jax.random.key(self._config.seed)
+
+        def step(state, batch):
+            # A padding row's index is 0; it counts for nothing.
+            batch = {**batch, "row": batch["index"]}
+            loss, _ = self._task.loss(state.params, state.extra, batch, rng, state.step)
+            return loss, batch["valid"].sum()
+
+        step = jax.jit(step)
+        parts = [
+            jax.device_get(step(state, partition.put_batch(self._mesh, batch))) for batch in batches
+        ]
+        return float(sum(loss * n for loss, n in parts) / sum(n for _, n in parts))
+
+
+def make_embedding(config: ml_collections.ConfigDict, backbone: nn.Module):
+    """`embed(variables of the backbone, batch) -> {"cls": [B, D]}` of a batch's whole images."""
+    patch = backbone.variant.patch
+
+    def embed(variables, batch):
+        image = batch["image"].astype(jnp.float32) / 255.0
+        side = config.eval.resolution
+        height, width = (side, side) if side else image.shape[1:3]
+        size = (max(height // patch, 1) * patch, max(width // patch, 1) * patch)
+        image = normalize(resize_bilinear(image, size), config.backbone.normalization)
+        return {"cls": backbone.apply(variables, image)["cls"]}
+
+    return embed
+
+
+def _validation(config, task, size, mesh, workdir):
+    """A function from a state to its metrics, or None where there is nothing to score on."""
+    if not config.train.eval_every:
+        return None
+    try:
+        judge = Judge(config, task, size, mesh)
+    except DataError as error:
+        log.warning("no evaluation during training: %s", error)
+        return None
+
+    def evaluate_state(state: TrainState) -> dict[str, float]:
+        metrics, found = judge(state)
+        if jax.process_index() == 0:
+            _keep_features(workdir, int(state.step), found)
+        return metrics
+
+    return evaluate_state
+
+
+def _keep_features(workdir: Path, step: int, found: Mapping[str, np.ndarray]) -> None:
+    """Keeps the features for the t-SNE over the epochs."""
+    target = workdir / "features"
+    target.mkdir(exist_ok=True)
+    temporary = target / f".{step}.tmp.npz"
+    np.savez(temporary, cls=found["cls"].astype(np.float16), category=found["category"])
+    temporary.replace(target / f"{step:08d}.npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A pretraining run, restored: its config (with overrides), task, state, step and image size."""
+
+    config: ml_collections.ConfigDict
+    task: DinoTask
+    state: TrainState
+    step: int
+    size: tuple[int, int]
+    mesh: Mesh
+
+
+def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
+    """Restores the run in `workdir`; see `run.restore`."""
+    config, description = folder.load(workdir, overrides)
+    examples = description.examples
+    steps = total_steps(config, examples)
+    task = make_task(config, description.variant, steps=steps, examples=examples)
+    optimizer, _ = make_optimizer(config, steps=steps, examples=examples)
+    mesh = partition.make_mesh()
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    like = jax.eval_shape(
+        lambda p: loop.make_state(task, p, optimizer, config.optim.average), params
+    )
+    like = partition.abstract(mesh, like, config.sharding.params)
+    checkpointer = Checkpointer(workdir, read_only=True, best_metric="knn")
+    restored = checkpointer.restore(like, which=config.eval.checkpoint)
+    checkpointer.close()
+    if restored is None:
+        raise ConfigError(f"--workdir={workdir} holds no checkpoint yet")
+    return Run(config, task, *restored, description.size, mesh)
+
+
+def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Restores the run in `workdir`, scores it, and writes `eval.json`."""
+    run = restore(workdir, overrides)
+    metrics, found = Judge(run.config, run.task, run.size, run.mesh)(run.state)
+    split, count = run.config.eval.split, len(found["cls"])
+    result = {"step": run.step, "split": split, "images": count, **metrics}
+    if jax.process_index() == 0:
+        write_json(workdir / "eval.json", result)
+        lines = [f"{split} at step {run.step}, {count} images"]
+        print("\n".join(lines + [f"  {k:22s} {v:.4f}" for k, v in metrics.items()]), flush=True)
+    return result
