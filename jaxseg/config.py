@@ -10,15 +10,15 @@ import ml_collections
 from jaxseg.data import sources
 from jaxseg.losses.segmentation import BINARY
 from jaxseg.models import HEADS
-from jaxseg.models.segmenter import NORMALIZATIONS
 from jaxseg.models.backbones import BACKBONES
+from jaxseg.models.segmenter import NORMALIZATIONS
 from jaxseg.models.vit import VARIANTS
 from jaxseg.train.optim import OPTIMIZERS, SCHEDULES
 from jaxseg.train.partition import PARAMETER_LAYOUTS
 
 _SPLITS = ("train", "val", "test")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("segmentation", "dino"),
+    "task": ("segmentation", "dino", "rotation"),
     "data.name": sources.NAMES,
     "data.mask_values": ("auto", "0/255", "0/1"),
     "backbone.normalization": tuple(NORMALIZATIONS),
@@ -67,7 +67,10 @@ TASK_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "backbone.train": ("auto", "none", "all"),
         "head.name": tuple(HEADS),
     },
-    "dino": {"backbone.variant": tuple(BACKBONES), "eval.train_split": _SPLITS},
+    **dict.fromkeys(
+        ("dino", "rotation"),
+        {"backbone.variant": tuple(BACKBONES), "eval.train_split": _SPLITS},
+    ),
 }
 _PRETRAINING: dict[str, tuple[float, float]] = {
     "backbone.drop_path": (0, 0.9),
@@ -91,6 +94,7 @@ TASK_RANGES: dict[str, dict[str, tuple[float, float]]] = {
         "eval.threshold": (0, 1),
         **{f"loss.{name}": (0, 1e9) for name in BINARY},
     },
+    "rotation": {**_PRETRAINING, "views.size": (8, 4096)},
     "dino": {
         **_PRETRAINING,
         "views.global_size": (8, 4096),
@@ -199,8 +203,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _pair(config, "data.size", int)
     if task == "segmentation":
         _validate_segmentation(config)
-    if task == "dino":
-        _validate_dino(config)
+    if task in ("dino", "rotation"):
+        _validate_views(config)
     if config.train.batch % config.train.accumulate:
         raise ConfigError(
             f"config.train.accumulate is {config.train.accumulate}; allowed: divisors of "
@@ -240,22 +244,22 @@ def _validate_segmentation(config: ml_collections.ConfigDict) -> None:
         raise ConfigError("config.data.name='images' has no masks; allowed: shapes, folder, tfds")
 
 
-def _validate_dino(config: ml_collections.ConfigDict) -> None:
-    for key in ("views.global_scale", "views.local_scale"):
+def _validate_views(config: ml_collections.ConfigDict) -> None:
+    views = config.views
+    for key in (f"views.{name}" for name in views if name.endswith("scale")):
         low, high = _pair(config, key, float)
         if not 0 < low <= high <= 1:
             raise ConfigError(f"config.{key} is ({low}, {high}); allowed: 0 < low <= high <= 1")
     for key in ("blur", "solarize"):
-        value = tuple(config.views[key])
+        value = tuple(views.get(key, (0, 0, 0)))
         if len(value) != 3 or not all(0 <= v <= 1 for v in value):
             raise ConfigError(
                 f"config.views.{key} is {value}; allowed: three probabilities, of the first and the "
                 "second global crop and of the local ones"
             )
-    sizes = {"global_size": config.views.global_size, "local_size": config.views.local_size}
     patch = BACKBONES[config.backbone.variant].patch
-    for name, size in sizes.items():
-        if size % patch:
+    for name, size in views.items():
+        if name.endswith("size") and size % patch:
             raise ConfigError(
                 f"config.views.{name} is {size}; allowed: multiples of the patch {patch} of "
                 f"{config.backbone.variant}"

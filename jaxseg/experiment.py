@@ -18,8 +18,8 @@ from jaxseg.config import ConfigError, flatten
 from jaxseg.data import loader, sources
 from jaxseg.data.cache import DiskStore, FeatureCache, PreparedSource
 from jaxseg.models import HEADS
-from jaxseg.models.segmenter import Segmenter, default_stride
 from jaxseg.models.backbones import BACKBONES, AnyVariant
+from jaxseg.models.segmenter import Segmenter, default_stride
 from jaxseg.models.vit import Variant, from_variant
 from jaxseg.ops.augment import Augmentation
 from jaxseg.tasks.segmentation import SegmentationTask

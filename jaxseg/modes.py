@@ -6,7 +6,8 @@ from typing import Any
 
 import ml_collections
 
-from jaxseg import predict, pretrain, run, workdir as folder
+from jaxseg import predict, pretrain, run
+from jaxseg import workdir as folder
 from jaxseg.config import ConfigError
 from jaxseg.train.loop import Interrupted
 

@@ -25,6 +25,7 @@ from jaxseg.models.segmenter import normalize
 from jaxseg.ops.resize import resize_bilinear
 from jaxseg.ops.views import View
 from jaxseg.tasks.dino import DinoTask
+from jaxseg.tasks.rotation import RotationTask
 from jaxseg.train import loop, optim, partition, schedules
 from jaxseg.train.checkpoint import Checkpointer
 from jaxseg.train.collapse import CollapseMonitor
@@ -34,12 +35,14 @@ from jaxseg.train.writers import write_json
 log = logging.getLogger(__name__)
 
 
+Task = DinoTask | RotationTask
+_LOOK = ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "gray")
+
+
 def make_views(config: ml_collections.ConfigDict) -> tuple[View, ...]:
-    """The crops of `config.views`: two global ones, then the local ones."""
+    """The crops of `config.views` for DINO: two global ones, then the local ones."""
     v = config.views
-    shared = {
-        k: v[k] for k in ("flip", "jitter", "brightness", "contrast", "saturation", "hue", "gray")
-    }
+    shared = {k: v[k] for k in _LOOK}
 
     def view(kind: str, which: int) -> View:
         size, scale = v[f"{kind}_size"], tuple(v[f"{kind}_scale"])
@@ -64,11 +67,16 @@ def make_task(
     *,
     steps: int,
     examples: int,
-) -> DinoTask:
+) -> Task:
     """The task of a config, for a run of `steps` on so many examples."""
+    backbone = make_backbone(config, variant)
+    if config.task == "rotation":
+        v = config.views
+        view = View(v.size, tuple(v.scale), **{k: v[k] for k in _LOOK})
+        return RotationTask(backbone, view, config.backbone.normalization)
     options = config.dino
     return DinoTask(
-        backbone=make_backbone(config, variant),
+        backbone=backbone,
         head=ProjectionHead(
             options.outputs,
             hidden=options.hidden,
@@ -93,6 +101,8 @@ def make_task(
 def make_optimizer(config: ml_collections.ConfigDict, *, steps: int, examples: int):
     """(optimiser, learning rate by step): DINO's last layer rests at first."""
     learning_rate = optim.make_schedule(config.optim, steps, batch=config.train.batch)
+    if config.task != "dino":
+        return optim.make_optimizer(config.optim, learning_rate, steps=steps), learning_rate
     hold_steps = round(config.dino.freeze_last_layer * examples / config.train.batch)
     optimizer = optim.make_optimizer(
         config.optim, learning_rate, steps=steps, hold="last_layer", hold_steps=hold_steps
@@ -200,13 +210,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             evaluate=_validation(config, task, size, mesh, workdir),
             best_metric="knn",
             accumulate=config.train.accumulate,
-            watch=CollapseMonitor(config.dino.student_temperature),
+            watch=CollapseMonitor(config.dino.student_temperature) if config.task == "dino" else None,
         ).run(params, {})
     return evaluate(workdir, {})
 
 
 class Judge:
-    """Scores a state: loss on held-out images, and k-NN of the teacher's features.
+    """Scores a state: loss on held-out images, and k-NN of the backbone's features.
 
     Args:
       config: says the data.
@@ -218,7 +228,7 @@ class Judge:
       DataError: there is no such split, or something is wrong with it.
     """
 
-    def __init__(self, config, task: DinoTask, size: tuple[int, int], mesh: Mesh):
+    def __init__(self, config, task: Task, size: tuple[int, int], mesh: Mesh):
         self._config, self._task, self._mesh = config, task, mesh
         held_out = make_source(config, config.eval.split)
         reference = make_source(config, config.eval.train_split)
@@ -236,21 +246,18 @@ class Judge:
         """(metrics, features `cls` [N, D] of the held-out images with `index` and `category`)."""
         limit = self._config.eval.limit
         batches, count = self._held_out.spread(limit)
-        loss = self._loss(state, batches)
-        teacher = {
-            "params": state.extra["teacher"]["backbone"],
-            "batch_stats": state.extra["teacher_statistics"],
-        }
+        scores = self._scores(state, batches)
+        backbone = self._task.backbone_variables(state.best_params, state.extra)
         batches, count = self._held_out.spread(limit)
-        found = features.gather(self._embed, teacher, batches, mesh=self._mesh, total=count)
+        found = features.gather(self._embed, backbone, batches, mesh=self._mesh, total=count)
         metrics = {
-            "loss": loss,
+            **scores,
             "rankme": rank.rankme(found["cls"]),
             "embedding_std": rank.embedding_std(found["cls"]),
         }
         if len(self._classes) > 1:
             batches, count = self._reference.spread(limit)
-            train = features.gather(self._embed, teacher, batches, mesh=self._mesh, total=count)
+            train = features.gather(self._embed, backbone, batches, mesh=self._mesh, total=count)
             k = min(self._config.eval.k, count)
             metrics["knn"] = knn.knn_accuracy(
                 train["cls"],
@@ -263,21 +270,22 @@ class Judge:
             )[k]
         return metrics, found
 
-    def _loss(self, state: TrainState, batches) -> float:
-        """Mean loss; an example's crops follow from the seed and its index alone."""
+    def _scores(self, state: TrainState, batches) -> dict[str, float]:
+        """Mean loss and scores; an example's crops follow from the seed and its index alone."""
         rng = jax.random.key(self._config.seed)
 
         def step(state, batch):
             # A padding row's index is 0; it counts for nothing.
             batch = {**batch, "row": batch["index"]}
-            loss, _ = self._task.loss(state.params, state.extra, batch, rng, state.step)
-            return loss, batch["valid"].sum()
+            loss, found = self._task.loss(state.params, state.extra, batch, rng, state.step)
+            return {"loss": loss, **found["scores"]}, batch["valid"].sum()
 
         step = jax.jit(step)
         parts = [
             jax.device_get(step(state, partition.put_batch(self._mesh, batch))) for batch in batches
         ]
-        return float(sum(loss * n for loss, n in parts) / sum(n for _, n in parts))
+        total = sum(n for _, n in parts)
+        return {key: float(sum(s[key] * n for s, n in parts) / total) for key in parts[0][0]}
 
 
 def make_embedding(config: ml_collections.ConfigDict, backbone: nn.Module):
@@ -328,7 +336,7 @@ class Run:
     """A pretraining run, restored: its config (with overrides), task, state, step and image size."""
 
     config: ml_collections.ConfigDict
-    task: DinoTask
+    task: Task
     state: TrainState
     step: int
     size: tuple[int, int]

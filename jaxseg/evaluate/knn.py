@@ -35,10 +35,8 @@ def knn_predict(
     Raises:
       ValueError: a k is not in 1 to N, or arrays do not fit or are not finite.
     """
-    train, test = (
-        check_features(train_NxD, "train features"),
-        check_features(test_MxD, "test features"),
-    )
+    train = check_features(train_NxD, "train features")
+    test = check_features(test_MxD, "test features")
     labels = check_labels(train_labels_N, len(train), classes=classes, what="train labels")
     ks = sorted({k} if isinstance(k, int | np.integer) else set(k))
     if not ks or not 1 <= ks[0] <= ks[-1] <= len(train):

@@ -110,5 +110,10 @@ def plot_spectrum(features: Mapping[str, np.ndarray], path: str | Path) -> None:
 
 
 def _singular_values(features_NxD: np.ndarray) -> np.ndarray:
-    """In float64 and falling order; float32 noise would count as rank."""
-    return np.linalg.svd(features_NxD.astype(np.float64), compute_uv=False)
+    """In falling order, min(N, D) of them, exact to about 1e-8 of the largest.
+
+    By the smaller Gram matrix, many times as fast as the decomposition of the features.
+    """
+    x = features_NxD.astype(np.float64)
+    gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
+    return np.sqrt(np.linalg.eigvalsh(gram)[::-1].clip(min=0))

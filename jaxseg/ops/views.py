@@ -1,8 +1,9 @@
 """The random crops of DINO (Caron et al., 2021) on the device: torchvision's and Pillow's operations.
 
-Crop and resize are two matrix products, the blur is shifts and sums, and nothing depends on the
-data but through masks, so that one program serves a batch. The public operations take one image
-[H, W, 3]; inside the channels come first, which spares CPUs strides of three.
+Resizing and blurring are matrix products with matrices made from the drawn box and sigma, and what
+happens to some examples only is masked, so one program serves the whole batch. The public
+operations take one image [H, W, 3]. Inside it is [H, 3, W], which both products take and give as it
+is and in which neighbours are neighbours in memory.
 """
 
 import dataclasses
@@ -58,11 +59,10 @@ class View:
                     f"{name} of a view is {getattr(self, name)!r}: allowed is {allowed}"
                 )
 
-        need("size", self.size >= 1, "at least 1")
-        need("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "0 < low <= high <= 1")
-        for name in ("ratio", "blur_sigma"):
+        need("size", isinstance(self.size, int) and self.size >= 1, "a whole number from 1")
+        for name, most in (("scale", 1.0), ("ratio", math.inf), ("blur_sigma", math.inf)):
             low, high = getattr(self, name)
-            need(name, 0 < low <= high < math.inf, "0 < low <= high")
+            need(name, 0 < low <= high <= most and high < math.inf, f"0 < low <= high <= {most}")
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             need(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         for name in ("brightness", "contrast", "saturation"):
@@ -114,7 +114,8 @@ def resized_crop(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
 def _resized_crop(x: jax.Array, box: jax.Array, size: int, *, flip: jax.Array | bool) -> jax.Array:
     rows = _bicubic_matrix(box[0], box[2], x.shape[0], size)
     columns = _bicubic_matrix(box[1], box[3], x.shape[2], size, flip)
-    # Pillow too goes along the rows first and clips in between.
+    # As Pillow before 13, which since goes down the columns first where the height shrinks more. That
+    # shows where the first product leaves [0, 1], since it is clipped in between.
     return _clip(_along_height(_clip(_along_width(x, columns)), rows))
 
 
@@ -146,7 +147,7 @@ def _bicubic_matrix(
 
 
 def adjust_brightness(image: jax.Array, factor: jax.Array | float) -> jax.Array:
-    """Multiplies [H, W, 3] in [0, 1] by `factor` >= 0 and clips to [0, 1]."""
+    """Multiplies [H, W, 3] in [0, 1] by `factor` >= 0 and clips, as Pillow's ImageEnhance does."""
     return _outer(_blend(_inner(image), factor, 0.0, 0.0))
 
 
@@ -180,15 +181,16 @@ def _adjust_hue(x: jax.Array, shift: jax.Array | float) -> jax.Array:
     red, green, blue = x[:, 0], x[:, 1], x[:, 2]
     value = x.max(1)
     chroma = value - x.min(1)
+    # Not `== value`: if XLA computes x again for this line, its last bit may differ.
     hue = jnp.where(
-        red == value,
+        (red >= green) & (red >= blue),
         green - blue,
-        jnp.where(green == value, 2 * chroma + blue - red, 4 * chroma + red - green),
+        jnp.where(green >= blue, 2 * chroma + blue - red, 4 * chroma + red - green),
     )
     channels = []
     for opposite in (3, 5, 1):  # cyan, magenta, yellow
         gap = jnp.abs(hue + (6 * shift - opposite) * chroma)
-        # |gap| is below 9 chroma and the circle 6 chroma long.
+        # The gap is at most 9 chroma, the circle 6 chroma long.
         around = jnp.minimum(gap, jnp.abs(gap - 6 * chroma))
         channels.append(value - jnp.clip(2 * chroma - around, 0.0, chroma))
     return _clip(jnp.stack(channels, axis=1))
@@ -196,11 +198,7 @@ def _adjust_hue(x: jax.Array, shift: jax.Array | float) -> jax.Array:
 
 def to_gray(image: jax.Array) -> jax.Array:
     """Returns the luma (ITU-R 601) of [H, W, 3] in [0, 1], three times."""
-    return _outer(_to_gray(_inner(image)))
-
-
-def _to_gray(x: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(_luma(x), x.shape)
+    return adjust_saturation(image, 0.0)
 
 
 def gaussian_blur(image: jax.Array, sigma: jax.Array | float, *, radius: int = 8) -> jax.Array:
@@ -219,7 +217,7 @@ def _gaussian_blur(x: jax.Array, sigma: jax.Array | float, radius: int) -> jax.A
 def _gaussian_matrix(n: int, sigma: jax.Array | float, radius: int) -> jax.Array:
     """The [n, n] matrix of the blur along one axis; its outer rows have what falls off the border.
 
-    Sums of shifted images are cheaper by themselves, but XLA repeats what comes before in each.
+    A sum of shifted images is cheaper alone, but XLA on CPUs then repeats what precedes per shift.
     """
     offset = jnp.arange(-radius, n + radius)[:, None] - jnp.arange(n)
     weight = jnp.exp(-0.5 * (offset / jnp.maximum(sigma, 1e-3)) ** 2)  # sigma 0 changes nothing
@@ -239,6 +237,7 @@ def draw_view(key: jax.Array, image: jax.Array, extent: jax.Array, view: View) -
     """Draws one crop of [H, W, 3], uint8 or float in [0, 1], as float32 [size, size, 3] in [0, 1].
 
     `extent` = (h, w): only the first h rows and w columns are image, and nothing else is seen.
+    Raises ValueError for images of another kind.
     """
     numbers = jax.random.uniform(key, (_BOX + _LOOK,))
     return _outer(_draw(numbers, _inner(_to_float(image)), extent, view))
@@ -250,7 +249,8 @@ def draw_views(
     """Draws every view of every example: a list of float32 [B, size, size, 3] in the views' order.
 
     Takes B keys, [B, H, W, 3] images (uint8 or float in [0, 1]) and int [B, 2] extents. View v of
-    an example is `draw_view` under fold_in(example's key, v): no other example has a part in it.
+    an example is `draw_view` under fold_in(example's key, v), whatever else is in the batch (up to
+    the rounding of float32). Raises ValueError for images of another kind.
     """
     places: dict[View, list[int]] = {}
     for place, view in enumerate(views):
@@ -261,7 +261,9 @@ def draw_views(
         view_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(views)))
         numbers = jax.vmap(lambda k: jax.random.uniform(k, (_BOX + _LOOK,)))(view_keys)
         drawn = [None] * len(views)
-        for view, at in places.items():  # equal views share one program
+        for view, at in places.items():
+            # Equal views are one program run one after the other: on CPUs twice as fast as at once,
+            # where the products cost transposes, and with a fraction of the memory.
             draw = functools.partial(_draw, x=x, extent=extent, view=view)
             crops = jax.lax.map(lambda n, draw=draw: _outer(draw(n)), numbers[jnp.array(at)])
             for i, place in enumerate(at):
@@ -272,16 +274,17 @@ def draw_views(
 
 
 def _draw(numbers: jax.Array, x: jax.Array, extent: jax.Array, view: View) -> jax.Array:
-    """One crop of planes [3, H, W] from numbers of U(0, 1), as [3, size, size].
+    """One crop of [H, 3, W] as [size, 3, size], from numbers of U(0, 1).
 
-    One call draws all the numbers, since each costs as much compile time as an operation.
+    They come from one call of the generator, since each call takes a while to compile, and each has
+    its place, so that changing one probability changes nothing else.
     """
     box = _crop_box(numbers[:_BOX], extent, view.scale, view.ratio)
     flip, jitter, gray, blur, sigma, solar, *colour = numbers[_BOX:]
     flip = _happens(view.flip, flip)
     x = _resized_crop(x, box, view.size, flip=flip)
     x = _sometimes(view.jitter, jitter, x, lambda: _jitter(x, colour, view))
-    x = _sometimes(view.gray, gray, x, lambda: _to_gray(x))
+    x = _sometimes(view.gray, gray, x, lambda: _blend(x, 0.0, 0.0, 1.0))
     radius = math.ceil(4 * view.blur_sigma[1])
     sigma = _between(view.blur_sigma, sigma)
     x = _sometimes(view.blur, blur, x, lambda: _gaussian_blur(x, sigma, radius))
@@ -358,10 +361,15 @@ def _clip(x: jax.Array) -> jax.Array:
     return jnp.clip(x, 0.0, 1.0)
 
 
-def _to_float(image: jax.Array) -> jax.Array:
-    if image.dtype == jnp.uint8:
-        return image.astype(jnp.float32) / 255
-    return image.astype(jnp.float32)
+def _to_float(image_HxWx3: jax.Array) -> jax.Array:
+    shape, dtype = image_HxWx3.shape, image_HxWx3.dtype
+    if len(shape) != 3 or shape[2] != 3:
+        raise ValueError(f"an image is of shape {shape}: allowed is [H, W, 3]")
+    if dtype == jnp.uint8:
+        return image_HxWx3.astype(jnp.float32) / 255
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"an image is of {dtype}: allowed are uint8 and floating point")
+    return image_HxWx3.astype(jnp.float32)
 
 
 def _inner(image_HxWx3: jax.Array) -> jax.Array:

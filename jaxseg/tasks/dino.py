@@ -138,6 +138,7 @@ class DinoTask:
             "probabilities": mean(probabilities),
             "entropy": mean(entropy),
             "direction": mean(unit),
+            "scores": {},
             "student_statistics": student_statistics,
             "teacher_statistics": teacher_statistics,
         }
@@ -175,5 +176,15 @@ class DinoTask:
             "teacher_temperature": self.teacher_temperature(step),
             "teacher_momentum": momentum,
         }
+        logged |= statistics["scores"]
         kept = {k: statistics[k] for k in ("student_statistics", "teacher_statistics")}
         return {"teacher": teacher, "center": center, **kept}, logged
+
+    def backbone_variables(
+        self, params: Mapping[str, Any], extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What `backbone.apply` takes, of the network to be judged: the teacher."""
+        return {
+            "params": extra["teacher"]["backbone"],
+            "batch_stats": extra["teacher_statistics"],
+        }

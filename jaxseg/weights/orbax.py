@@ -34,7 +34,7 @@ def read(workdir: Path) -> tuple[dict[str, Any], backbones.AnyVariant]:
         raise ValueError(f"{folders[-1]} cannot be read: {error}") from error
     if "backbone" in tree:  # a frozen copy, which is parameters alone
         params = tree
-    elif tree.get("extra"):
+    elif "teacher" in (tree.get("extra") or {}):
         params = tree["extra"]["teacher"]
     else:
         params = tree.get("average") or tree["params"]

@@ -1,0 +1,144 @@
+"""t-SNE (van der Maaten and Hinton, JMLR 2008) of features over the course of a training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxseg.evaluate import figures
+from jaxseg.evaluate.rank import check_features, check_labels, normalize
+
+_START = 1e-4  # deviation of an initial layout: larger ones keep t-SNE from rearranging it
+_LEGEND = 20  # classes at most
+
+
+def tsne(
+    snapshots: Sequence[np.ndarray], *, perplexity: float = 30.0, seed: int = 0
+) -> list[np.ndarray]:
+    """Lays out the features of the same images at several times in the plane.
+
+    t-SNE keeps neighbourhoods, but not place, direction or distance: two runs on nearly the same
+    features can differ by a rotation, and clusters swap places. So each snapshot starts from the
+    layout of the one before it (the first from its two principal components), shrunk, and is turned
+    or mirrored to lie on it as well as it can: what has not changed in the features stays about
+    where it was, and the layouts can be compared.
+
+    Args:
+      snapshots: [N, D] each, the same N images in the same order; D may differ. They are
+        L2-normalised first, since k-NN sees them so.
+      perplexity: about how many neighbours count; at most a third of N - 1 is used.
+      seed: of scikit-learn's `TSNE`.
+
+    Returns:
+      float32 [N, 2] for each.
+
+    Raises:
+      ValueError: fewer than 4 images, lengths differ; see `check_features`.
+    """
+    # Imported here: it takes a second, and only this needs it.
+    from sklearn.manifold import TSNE
+    from sklearn.utils.extmath import randomized_svd
+    from threadpoolctl import threadpool_limits
+
+    arrays = [check_features(x, f"snapshot {i}") for i, x in enumerate(snapshots)]
+    count = _check_count(arrays)
+    perplexity = min(perplexity, (count - 1) / 3)
+    layouts: list[np.ndarray] = []
+    for x in map(normalize, arrays):
+        x = x - x.mean(axis=0)  # Distances between features that are nearly alike keep more digits.
+        if layouts:
+            start = _start(layouts[-1], seed)
+        else:  # The first two principal components, with signs that are always the same.
+            left, values, _ = randomized_svd(x, min(2, x.shape[1]), random_state=seed)
+            start = _start(left * values, seed)
+        model = TSNE(n_components=2, perplexity=perplexity, init=start, random_state=seed)
+        # The sums, and so the layout, depend on the number of threads; where other processes want
+        # the cores too, several are also several times slower than one.
+        with threadpool_limits(1):
+            layout = model.fit_transform(x)
+        layouts.append(_turn(layout, layouts[-1]) if layouts else layout)
+    return layouts
+
+
+def _check_count(arrays: Sequence[np.ndarray]) -> int:
+    """The number of images, the same in all arrays."""
+    counts = [len(x) for x in arrays]
+    if not counts or min(counts) != max(counts) or counts[0] < 4:
+        raise ValueError(
+            f"snapshots of {counts} images: need one or more of the same 4 or more images"
+        )
+    return counts[0]
+
+
+def _start(layout_NxC: np.ndarray, seed: int) -> np.ndarray:
+    """The layout, of 1 or 2 dimensions, at the size that t-SNE starts from.
+
+    With noise, as collapsed features have no size.
+    """
+    layout = layout_NxC - layout_NxC.mean(axis=0)
+    layout = np.pad(layout, ((0, 0), (0, 2 - layout.shape[1])))
+    layout = layout / max(layout.std(axis=0).max(), 1e-6)
+    noise = np.random.default_rng(seed).normal(size=layout.shape)
+    return (_START * (layout + 0.01 * noise)).astype(np.float32)
+
+
+def _turn(layout_Nx2: np.ndarray, onto_Nx2: np.ndarray) -> np.ndarray:
+    """The layout, centred and turned or mirrored onto another (orthogonal Procrustes)."""
+    centred = layout_Nx2 - layout_Nx2.mean(axis=0)
+    left, _, right = np.linalg.svd(centred.T @ (onto_Nx2 - onto_Nx2.mean(axis=0)))
+    return centred @ (left @ right)
+
+
+def plot_tsne(
+    snapshots: Sequence[tuple[str, np.ndarray, np.ndarray | None]],
+    names: Sequence[str],
+    path: str | Path,
+    *,
+    panels: int = 6,
+    points: int = 2000,
+    seed: int = 0,
+) -> list[str]:
+    """One panel for each of some snapshots, coloured by class.
+
+    Args:
+      snapshots: (label, features [N, D], classes int [N] or None), in the order of the training and
+        of the same images in the same order.
+      names: of the classes; empty if there are none. A legend names up to 20.
+      path: of the PNG.
+      panels: at most so many are laid out, evenly picked, the first and the last among them.
+      points: at most so many images are laid out, drawn by `seed`, the same in every panel.
+      seed: see `tsne`.
+
+    Returns:
+      The labels of the panels.
+
+    Raises:
+      ValueError: snapshots are of different images; see `tsne`.
+    """
+    count = _check_count([x for _, x, _ in snapshots])
+    picked = np.unique(np.linspace(0, len(snapshots) - 1, panels).round().astype(int))
+    shown = [snapshots[i] for i in picked]
+    labels = shown[0][2]
+    if labels is not None:
+        labels = check_labels(labels, count, classes=len(names))
+    if any(not np.array_equal(labels, other) for _, _, other in shown[1:]):
+        raise ValueError("the snapshots' labels differ: need the same images in the same order")
+    rows = np.sort(np.random.default_rng(seed).permutation(count)[:points])
+    layouts = tsne([x[rows] for _, x, _ in shown], seed=seed)
+    columns = min(3, len(shown))
+    figure, axes = figures.make_grid(-(-len(shown) // columns), columns, inch=3.6)
+    colors = figures.class_colors(max(len(names), 1))
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, layout, (label, _, _) in zip(axes.flat, layouts, shown, strict=False):
+        color = figures.PLAIN if labels is None else colors[labels[rows]]
+        axis.scatter(*layout.T, c=color, s=max(2.0, min(20.0, 8000 / len(rows))), linewidths=0)
+        axis.set_title(label)
+        axis.set_aspect("equal", adjustable="datalim")
+    present = [] if labels is None else np.unique(labels[rows])
+    if 0 < len(present) <= _LEGEND:
+        for index in present:
+            axes[0, 0].scatter([], [], color=colors[index], label=names[index])
+        figure.legend(loc="outside lower center", ncols=min(10, len(present)), fontsize=9)
+    figures.save(figure, path)
+    return [label for label, _, _ in shown]

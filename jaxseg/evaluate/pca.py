@@ -1,0 +1,84 @@
+"""Patch features as colours: the first three principal components as red, green and blue."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxseg.evaluate import figures
+from jaxseg.evaluate.rank import check_features
+from jaxseg.ops.resize import resize_bilinear
+
+_ROBUST = (1.0, 99.0)  # percentiles that become 0 and 1: a few stray patches do not dim the rest
+
+
+def principal_axes(features_NxD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first principal components: (axes [D, count] of length 1, shares of the variance [count]).
+
+    Float64. The sign of an axis is arbitrary; here its largest weight is positive.
+    """
+    centred = np.asarray(features_NxD, np.float64)
+    centred = centred - centred.mean(axis=0)
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    values, axes = values[::-1].clip(min=0), vectors[:, ::-1][:, :count]
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0)
+    return axes * np.sign(largest), values[:count] / max(values.sum(), 1e-30)
+
+
+def pca_rgb(tokens_NxhxwxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Projects patch features to their first three principal components, fitted to all images.
+
+    So one colour means the same in all of them; see `principal_axes` for the signs.
+
+    Args:
+      tokens_NxhxwxD: features of the patches of N images, D at least 3.
+
+    Returns:
+      (float32 [N, h, w, 3] in [0, 1], the 1st and the 99th percentile of each component at 0 and 1;
+      float64 [3], the share of the variance that each component holds).
+
+    Raises:
+      ValueError: the shape is another, or features are not finite.
+    """
+    tokens = np.asarray(tokens_NxhxwxD)
+    if tokens.ndim != 4 or tokens.shape[-1] < 3 or not tokens.size:
+        raise ValueError(f"tokens have shape {tokens.shape}: need [N, h, w, D] with D at least 3")
+    flat = check_features(tokens.reshape(-1, tokens.shape[-1]), "tokens").astype(np.float64)
+    axes, share = principal_axes(flat, 3)
+    projected = (flat - flat.mean(axis=0)) @ axes
+    low, high = np.percentile(projected, _ROBUST, axis=0)
+    rgb = np.clip((projected - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return rgb.reshape(*tokens.shape[:3], 3).astype(np.float32), share
+
+
+def plot_pca(
+    images: Sequence[np.ndarray], tokens_NxhxwxD: np.ndarray, path: str | Path, *, columns: int = 4
+) -> None:
+    """Pairs of image and its `pca_rgb`, upsampled bilinearly to the image.
+
+    Args:
+      images: uint8 HxWx3, one for each row of the tokens.
+      tokens_NxhxwxD: see `pca_rgb`.
+      path: of the PNG.
+      columns: pairs in a row at most.
+
+    Raises:
+      ValueError: lengths differ; see `pca_rgb`.
+    """
+    if len(images) != len(tokens_NxhxwxD):
+        raise ValueError(f"{len(images)} images for the tokens of {len(tokens_NxhxwxD)}")
+    rgb, share = pca_rgb(tokens_NxhxwxD)
+    columns = min(columns, len(images))
+    aspect = images[0].shape[0] / images[0].shape[1]
+    figure, axes = figures.make_grid(
+        -(-len(images) // columns), 2 * columns, titles=("image", "PCA") * columns, aspect=aspect
+    )
+    for axis in axes.flat[2 * len(images) :]:
+        axis.set_axis_off()
+    for i, image in enumerate(images):
+        axes.flat[2 * i].imshow(image)
+        colors = np.asarray(resize_bilinear(rgb[i : i + 1], image.shape[:2])[0])
+        axes.flat[2 * i + 1].imshow(np.clip(colors, 0, 1))
+    parts = ", ".join(f"{value:.0%}" for value in share)
+    figure.supxlabel(f"red, green, blue hold {parts} of the variance", fontsize=9)
+    figures.save(figure, path)

@@ -1,0 +1,65 @@
+"""PCA maps against the singular value decomposition, and on features made by hand."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxseg.evaluate.pca import pca_rgb, plot_pca, principal_axes
+
+
+def test_axes_as_by_svd():
+    x = np.random.default_rng(0).normal(size=(200, 9)) * np.arange(1, 10) + 5
+    axes, share = principal_axes(x, 3)
+    _, values, expected = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(axes.T @ expected[:3].T), np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(share, (values**2 / (values**2).sum())[:3])
+    assert (axes[np.abs(axes).argmax(axis=0), range(3)] > 0).all()
+    np.testing.assert_allclose(principal_axes(-x, 3)[0], axes, atol=1e-9)  # Signs are not flipped.
+
+
+def test_colours_are_the_known_factors_and_one_fit_serves_all_images():
+    """Three factors of falling strength in 16 dimensions; the second image lacks the first."""
+    rng = np.random.default_rng(0)
+    factors = rng.uniform(-1, 1, (2, 8, 8, 3)) * [9, 3, 1]
+    factors[1, ..., 0] = -9
+    basis, _ = np.linalg.qr(rng.normal(size=(16, 3)))
+    rgb, share = pca_rgb(factors @ basis.T + 7)
+    assert rgb.shape == (2, 8, 8, 3) and rgb.dtype == np.float32
+    assert rgb.min() == 0 and rgb.max() == 1
+    for channel in range(3):
+        correlation = np.corrcoef(rgb[..., channel].ravel(), factors[..., channel].ravel())[0, 1]
+        assert abs(correlation) > 0.98
+    first = rgb[1, ..., 0]
+    assert first.max() < 0.1 or first.min() > 0.9
+    assert share.sum() == pytest.approx(1) and (np.diff(share) < 0).all()
+
+
+def test_one_stray_patch_does_not_dim_the_rest():
+    tokens = np.random.default_rng(0).normal(size=(3, 10, 10, 8))
+    tokens[0, 0, 0] = 1000
+    rgb, _ = pca_rgb(tokens)
+    assert rgb[1:].std(axis=(0, 1, 2)).min() > 0.1
+
+
+def test_collapsed_features_are_one_colour():
+    rgb, share = pca_rgb(np.ones((2, 3, 3, 5), np.float32))
+    assert np.isfinite(rgb).all() and rgb.std() == 0 and (share == 0).all()
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"need \[N, h, w, D\] with D at least 3"):
+        pca_rgb(np.zeros((1, 2, 2, 2)))
+    with pytest.raises(ValueError, match="tokens: 1 of 4 rows hold NaN or infinity, first row 2"):
+        pca_rgb(np.array([1.0, 2, np.nan, 4]).reshape(1, 2, 2, 1).repeat(3, axis=-1))
+    with pytest.raises(ValueError, match="3 images for the tokens of 2"):
+        plot_pca([None] * 3, np.zeros((2, 2, 2, 3)), tmp_path / "a.png")
+
+
+def test_picture(tmp_path):
+    """Left half and right half of the tokens differ: so do the halves of the PCA picture."""
+    tokens = np.random.default_rng(0).normal(size=(5, 4, 4, 6)) * 0.05
+    tokens[:, :, 2:] += 1
+    images = [np.full((16, 16, 3), 128, np.uint8)] * 5
+    plot_pca(images, tokens, tmp_path / "pca.png", columns=2)
+    picture = np.asarray(Image.open(tmp_path / "pca.png").convert("RGB"))
+    assert picture.std() > 20
