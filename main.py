@@ -13,7 +13,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, such as configs/pac_objseg.py."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "analyze", "predict"], "What to do.")
 _INPUTS = flags.DEFINE_string("inputs", None, "predict: an image, a folder or a quoted glob.")
 _OUTPUTS = flags.DEFINE_string("outputs", None, "predict: the folder for masks and overlays.")
 _DISTRIBUTED = flags.DEFINE_bool(

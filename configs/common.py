@@ -30,7 +30,7 @@ def get_base_config() -> ml_collections.ConfigDict:
             categories=(),  # names; empty = all
             mask_values="auto",  # folder: 0/255, 0/1 (255 = void), or auto: 0/1 if a mask has a 1
             mask_threshold=0,  # folder: foreground is every value from here, for soft masks; 0 = off
-            limit=0,  # read only the first so many examples of each split; 0 = all
+            limit=0,  # read only so many examples of each split, evenly spaced; 0 = all
             length=0,  # shapes: how many are drawn for training; 0 = 2000
             size=(0, 0),  # (height, width) of the images, multiples of the stride; (0, 0) = native
             threads=2,  # that decode, in each process
@@ -143,7 +143,7 @@ def get_pretraining_config() -> ml_collections.ConfigDict:
     config.eval.update(
         train_split="train",  # whose labelled images k-NN compares with
         limit=2000,  # images of each split that are compared during training; 0 = all
-        resolution=0,  # side of the images the backbone sees; 0 = theirs
+        resolution=0,  # shorter side of the images that the backbone sees; 0 = theirs
         k=20,
         temperature=0.07,
     )

@@ -113,7 +113,12 @@ def _small(config: ml_collections.ConfigDict) -> None:
 
 
 def _laptop(config: ml_collections.ConfigDict) -> None:
-    config.backbone.variant = "vit_micro4"
+    config.backbone.variant = "vit_mini8"
+    config.views.local_count = 4
+    config.dino.update(momentum=0.99, freeze_last_layer=0.2)
+    config.optim.update(lr=2e-3, lr_batch=0, weight_decay_end=-1.0)
+    config.train.update(batch=64, eval_every=500, log_every=25)
+    config.eval.batch = 100
 
 
 def _shapes(config: ml_collections.ConfigDict) -> None:

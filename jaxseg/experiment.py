@@ -99,7 +99,7 @@ def make_source(
         options = dict(size=tuple(data.size)) if tuple(data.size) != (0, 0) else {}
         options |= dict(length=data.length) if data.length and split == "train" else {}
     source = sources.create(data.name, split, root=data.root, categories=chosen, **options)
-    return sources.First(source, data.limit) if data.limit else source
+    return sources.Some(source, data.limit) if data.limit else source
 
 
 def make_task(

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxseg import predict, pretrain, run
+from jaxseg import analyze, predict, pretrain, run
 from jaxseg import workdir as folder
 from jaxseg.config import ConfigError
 from jaxseg.train.loop import Interrupted
@@ -24,13 +24,16 @@ def main(
     inputs: str | None = None,
     outputs: str | None = None,
 ) -> None:
-    """Runs a mode: `train` (needs `config`), `eval`, or `predict` (needs `inputs` and `outputs`)."""
+    """Runs a mode: `train` (needs `config`), `eval`, `analyze` (a run, or the weights of `config`), or
+    `predict` (needs `inputs` and `outputs`)."""
     if mode == "train":
         if config is None:
             raise ConfigError("--mode=train needs --config=configs/FILE.py")
         _module(config.task).train(config, workdir)
     elif mode == "eval":
         _module(folder.load(workdir, overrides)[0].task).evaluate(workdir, overrides)
+    elif mode == "analyze":
+        analyze.analyze(config, overrides, workdir)
     else:
         if not inputs or not outputs:
             raise ConfigError("--mode=predict needs --inputs=FILE|FOLDER|GLOB and --outputs=FOLDER")

@@ -150,7 +150,7 @@ class Reader:
     def spread(self, limit: int) -> tuple[Iterator[Mapping[str, np.ndarray]], int]:
         """(batches of `limit` examples, evenly spaced over the source, their number); 0 = all."""
         count = min(limit or len(self._source), len(self._source))
-        chosen = self._source.subset(np.linspace(0, len(self._source) - 1, count).astype(int))
+        chosen = self._source.subset(sources.spread(len(self._source), count))
         batches = loader.eval_batches(chosen, batch=self._config.eval.batch, **self._options())
         return batches, count
 
@@ -210,7 +210,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             evaluate=_validation(config, task, size, mesh, workdir),
             best_metric="knn",
             accumulate=config.train.accumulate,
-            watch=CollapseMonitor(config.dino.student_temperature) if config.task == "dino" else None,
+            watch=CollapseMonitor(config.dino.student_temperature)
+            if config.task == "dino"
+            else None,
         ).run(params, {})
     return evaluate(workdir, {})
 
@@ -288,17 +290,34 @@ class Judge:
         return {key: float(sum(s[key] * n for s, n in parts) / total) for key in parts[0][0]}
 
 
+def network_size(
+    config: ml_collections.ConfigDict, backbone: nn.Module, size: tuple[int, int]
+) -> tuple[int, int]:
+    """(height, width) at which the backbone sees images of `size` in evaluation.
+
+    Their shorter side is `config.eval.resolution` (0: as it is); both are multiples of the patch.
+    """
+    patch, scale = backbone.variant.patch, (config.eval.resolution or min(size)) / min(size)
+    return tuple(max(round(side * scale / patch), 1) * patch for side in size)
+
+
+def make_input(config: ml_collections.ConfigDict, backbone: nn.Module):
+    """`prepare(uint8 [B, H, W, 3])`: resized and normalised, as the backbone sees whole images."""
+
+    def prepare(image):
+        size = network_size(config, backbone, image.shape[1:3])
+        image = resize_bilinear(image.astype(jnp.float32) / 255.0, size)
+        return normalize(image, config.backbone.normalization)
+
+    return prepare
+
+
 def make_embedding(config: ml_collections.ConfigDict, backbone: nn.Module):
     """`embed(variables of the backbone, batch) -> {"cls": [B, D]}` of a batch's whole images."""
-    patch = backbone.variant.patch
+    prepare = make_input(config, backbone)
 
     def embed(variables, batch):
-        image = batch["image"].astype(jnp.float32) / 255.0
-        side = config.eval.resolution
-        height, width = (side, side) if side else image.shape[1:3]
-        size = (max(height // patch, 1) * patch, max(width // patch, 1) * patch)
-        image = normalize(resize_bilinear(image, size), config.backbone.normalization)
-        return {"cls": backbone.apply(variables, image)["cls"]}
+        return {"cls": backbone.apply(variables, prepare(batch["image"]))["cls"]}
 
     return embed
 

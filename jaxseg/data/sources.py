@@ -30,23 +30,30 @@ class Source(Protocol):
         category int, an index into `categories`; name str, unique within the source."""
 
 
-class First:
-    """The first `limit` examples of a source."""
+class Some:
+    """`limit` examples of a source, evenly spaced: sources are often sorted by class."""
 
     def __init__(self, source: Source, limit: int):
         self.categories = source.categories
-        self._source, self._length = source, min(limit, len(source))
+        self._source = source
+        self._chosen = spread(len(source), limit)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._chosen)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self._length:
+        if not 0 <= index < len(self._chosen):
             raise IndexError(index)
-        return self._source[index]
+        return self._source[int(self._chosen[index])]
 
     def sizes(self) -> Sequence[tuple[int, int]]:
-        return _sizes(self._source)[: self._length]
+        sizes = _sizes(self._source)
+        return [sizes[i] for i in self._chosen] if len(sizes) == len(self._source) else sizes
+
+
+def spread(length: int, limit: int) -> np.ndarray:
+    """At most `limit` indices below `length`, evenly spaced, the first and the last among them."""
+    return np.linspace(0, length - 1, min(limit, length)).astype(int)
 
 
 def create(

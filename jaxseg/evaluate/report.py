@@ -101,11 +101,11 @@ def plot_examples(
 
 
 def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
-    """Training loss, and validation scores where there are any; False if there is nothing to plot."""
+    """Loss, and validation scores where there are any; False if there is nothing to plot."""
     loss = [(r["step"], r["loss"]) for r in metrics if "loss" in r]
     scores = {
         key: [(r["step"], r[f"val_{key}"]) for r in metrics if f"val_{key}" in r]
-        for key in ("iou", "foreground_iou", "boundary_iou")
+        for key in ("iou", "foreground_iou", "boundary_iou", "knn", "rotation_accuracy")
     }
     scores = {key: points for key, points in scores.items() if points}
     if not loss:
@@ -114,6 +114,10 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
         1, 2 if scores else 1, figsize=(11 if scores else 6, 3.5), squeeze=False
     )
     axes[0, 0].plot(*np.array(loss).T, color="#0072b2", linewidth=1)
+    held_out = [(r["step"], r["val_loss"]) for r in metrics if "val_loss" in r]
+    if held_out:
+        axes[0, 0].plot(*np.array(held_out).T, color="#e69f00", marker=".", label="validation")
+        axes[0, 0].legend()
     axes[0, 0].set(xlabel="step", ylabel="training loss", yscale="log")
     for key, points in scores.items():
         axes[0, 1].plot(*np.array(points).T, marker=".", label=key.replace("_", " "))
@@ -147,19 +151,13 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def _table(result: Mapping[str, Any]) -> list[list[str]]:
     def cell(value) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
     rows = [("all", result), *sorted(result["categories"].items())]
-    lines = [
-        f"<tr><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{cell(row.get(key))}</td>" for key in _COLUMNS)
-        + "</tr>"
-        for name, row in rows
-    ]
-    head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in ("category", *_COLUMNS))
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    head = [key.replace("_", " ") for key in ("category", *_COLUMNS)]
+    return [head, *([name, *(cell(row.get(key)) for key in _COLUMNS)] for name, row in rows)]
 
 
 def write(
@@ -188,13 +186,43 @@ def write(
     captions["examples.png"] = "Best, median and worst images (orange: missed, blue: wrongly taken)"
     plot_categories(result, folder / "categories.png")
     captions["categories.png"] = "Foreground IoU by category"
+    write_page(
+        folder / "index.html",
+        title=title,
+        lead=f"Split {result['split']}, step {result['step']}.",
+        table=_table(result),
+        captions=captions,
+        config=config,
+    )
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    table: Sequence[Sequence[str]],
+    captions: Mapping[str, str],
+    config: str,
+    lead: str = "",
+) -> None:
+    """Writes a page of a table (its first row is the head) and pictures.
+
+    Args:
+      path: of the page.
+      title, lead: are shown above.
+      table: rows of cells.
+      captions: {file name of a picture beside the page: what it shows}.
+      config: is shown as it is.
+    """
+    head, *rows = [[html.escape(cell) for cell in row] for row in table]
+    lines = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
     pictures = "".join(
         f'<h2>{html.escape(caption)}</h2><img src="{name}" alt="{html.escape(caption)}">'
         for name, caption in captions.items()
     )
     body = (
-        f"<h1>{html.escape(title)}</h1>"
-        f"<p>Split <code>{result['split']}</code>, step {result['step']}.</p>{_table(result)}"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>"
+        f"<table><tr>{''.join(f'<th>{c}</th>' for c in head)}</tr>{lines}</table>"
         f"{pictures}<h2>Config</h2><pre>{html.escape(config)}</pre>"
     )
-    (folder / "index.html").write_text(_PAGE.format(title=html.escape(title), body=body))
+    path.write_text(_PAGE.format(title=html.escape(title), body=body))

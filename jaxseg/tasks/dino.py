@@ -114,7 +114,8 @@ class DinoTask:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss over all pairs of views; statistics are what `update_extra` needs."""
         keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(rng, row)))(batch["row"])
-        views = draw_views(keys[:, 0], batch["image"], batch["extent"], self.views)
+        extent = jnp.maximum(batch["extent"], 1)  # 0 in padding, where it would make NaN
+        views = draw_views(keys[:, 0], batch["image"], extent, self.views)
         teacher, features, teacher_statistics = self.project(
             extra["teacher"], extra["teacher_statistics"], views[:GLOBAL_VIEWS]
         )

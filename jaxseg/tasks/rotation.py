@@ -62,7 +62,8 @@ class RotationTask:
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Mean 4-way cross-entropy over the rotations and the valid examples."""
         keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(rng, row)))(batch["row"])
-        (view,) = draw_views(keys[:, 0], batch["image"], batch["extent"], [self.view])
+        extent = jnp.maximum(batch["extent"], 1)  # 0 in padding, where it would make NaN
+        (view,) = draw_views(keys[:, 0], batch["image"], extent, [self.view])
         turned = jnp.concatenate([jnp.rot90(view, k, axes=(1, 2)) for k in range(ROTATIONS)])
         fold = jax.vmap(jax.random.fold_in, (0, None))
         out, changed = self.backbone.apply(

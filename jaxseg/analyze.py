@@ -1,0 +1,326 @@
+"""What a backbone has learnt: k-NN, linear probe, neighbours, t-SNE, attention and PCA of its features.
+
+Which of them are made depends on the data: classes give k-NN and the probe, masks the overlap of the
+attention with the objects, and a run's own history the t-SNE over its epochs.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from jaxseg import pretrain
+from jaxseg.config import ConfigError, validate
+from jaxseg.data import DataError, sources
+from jaxseg.evaluate import (
+    attention_maps,
+    embedding,
+    features,
+    figures,
+    knn,
+    neighbors,
+    pca,
+    probe,
+    rank,
+    report,
+)
+from jaxseg.experiment import Backbone, make_source
+from jaxseg.models.vit import ViT
+from jaxseg.train import partition
+from jaxseg.train.writers import read_metrics, write_json
+
+log = logging.getLogger(__name__)
+
+_PICTURES = 8  # images, or queries, that are shown
+_NEIGHBORS = 5
+_TSNE_POINTS = 2000
+
+
+def analyze(
+    config: ml_collections.ConfigDict | None, overrides: Mapping[str, Any], workdir: Path
+) -> dict[str, Any]:
+    """Analyses the run in `workdir`, or the weights that `config.backbone.weights` names.
+
+    Writes `analysis.json` and `report/analysis.html` with its pictures into the workdir.
+
+    Args:
+      config: of a pretraining task; None to analyse the run that is in the workdir.
+      overrides: of the stored config, where there is a run.
+      workdir: the run's folder, or a new one for weights.
+
+    Returns:
+      What is written to `analysis.json`.
+
+    Raises:
+      ConfigError: there is neither a run nor weights.
+    """
+    stored = (workdir / "config.json").exists()
+    if stored:
+        run = pretrain.restore(workdir, overrides)
+        config, backbone, mesh = run.config, run.task.backbone, run.mesh
+        variables = run.task.backbone_variables(run.state.best_params, run.state.extra)
+        subject = f"the run in {workdir.name} at step {run.step}"
+    else:
+        if config is None or not config.backbone.weights:
+            raise ConfigError(
+                f"--workdir={workdir} holds no run; to analyse weights give --config=configs/dino.py "
+                "--config.backbone.weights=NAME and a new --workdir"
+            )
+        validate(config)
+        loaded = Backbone.load(config)
+        backbone = pretrain.make_backbone(config, loaded.variant)
+        mesh = partition.make_mesh()
+        variables = partition.put_tree(
+            {"params": loaded.params},
+            partition.tree_sharding(mesh, {"params": loaded.params}, config.sharding.params),
+        )
+        subject = f"{config.backbone.weights}"
+    return _Analysis(config, backbone, variables, mesh, workdir, subject).run()
+
+
+class _Analysis:
+    def __init__(self, config, backbone: nn.Module, variables, mesh, workdir: Path, subject: str):
+        self.config, self.backbone, self.variables = config, backbone, variables
+        self.mesh, self.workdir, self.subject = mesh, workdir, subject
+        self.folder = workdir / "report"
+        self.held_out = make_source(config, config.eval.split)
+        self.size = sources.working_size(self.held_out, tuple(config.data.size), 1)
+        self.names = tuple(self.held_out.categories)
+        self.result: dict[str, Any] = {"subject": subject, "split": config.eval.split}
+        self.captions: dict[str, str] = {}
+
+    def run(self) -> dict[str, Any]:
+        found = self._features(self.held_out, self.variables)
+        self.result["images"] = len(found["cls"])
+        self.result["rankme"] = rank.rankme(found["cls"])
+        self.result["embedding_std"] = rank.embedding_std(found["cls"])
+        labelled = len(self.names) > 1 and (found["category"] >= 0).all()
+        if labelled:
+            self._classes(found)
+        self._neighbors(found, labelled)
+        self._tsne(found, labelled)
+        self._dense()
+        if jax.process_index() == 0:
+            self._write()
+        return self.result
+
+    def _features(self, source, variables) -> dict[str, np.ndarray]:
+        """`cls` and the mean colours' baseline `pixels` of all images of a source."""
+        reader = pretrain.Reader(self.config, source, self.size)
+        batches, count = reader.spread(0)
+        embed = pretrain.make_embedding(self.config, self.backbone)
+
+        def compute(variables, batch):
+            small = batch["image"].astype(jnp.float32) / 255.0
+            # At most 32 x 32, which is CIFAR's size and enough for a baseline.
+            side = (min(32, small.shape[1]), min(32, small.shape[2]))
+            small = jax.image.resize(small, (len(small), *side, 3), "linear")
+            return {**embed(variables, batch), "pixels": small.reshape(len(small), -1)}
+
+        return features.gather(
+            compute, variables, batches, mesh=self.mesh, total=count, label="features"
+        )
+
+    def _classes(self, found: Mapping[str, np.ndarray]) -> None:
+        """k-NN and linear probe, beside the same network untrained and beside raw pixels."""
+        reference = make_source(self.config, self.config.eval.train_split)
+        if tuple(reference.categories) != self.names:
+            raise DataError(
+                f"the classes of split {self.config.eval.train_split} are {reference.categories}, "
+                f"those of {self.config.eval.split} are {self.names}: they must be the same"
+            )
+        train = self._features(reference, self.variables)
+        side = self.size
+        example = jnp.zeros((1, *pretrain.network_size(self.config, self.backbone, side), 3))
+        untrained = jax.jit(self.backbone.init)(jax.random.key(self.config.seed), example)
+        mean = train["pixels"].mean(0)
+        rows = {
+            "backbone": (train["cls"], found["cls"]),
+            "untrained": tuple(
+                self._features(source, untrained)["cls"] for source in (reference, self.held_out)
+            ),
+            "pixels": (train["pixels"] - mean, found["pixels"] - mean),
+        }
+        labels, truth = train["category"], found["category"]
+        k = min(self.config.eval.k, len(labels))
+        options = dict(classes=len(self.names))
+        near = dict(k=k, temperature=self.config.eval.temperature, **options)
+        table = {}
+        for name, (a, b) in rows.items():
+            table[name] = {
+                "knn": knn.knn_accuracy(a, labels, b, truth, **near)[k],
+                # The strength is chosen for the backbone; for thousands of pixels that takes long.
+                "linear": probe.linear_probe(
+                    a, labels, b, truth, l2=1e-1 if name == "pixels" else None, **options
+                ),
+                "rankme": rank.rankme(b),
+            }
+        self.result |= {**table["backbone"], "k": k, "train_images": len(labels), "beside": table}
+        predicted = knn.knn_predict(train["cls"], labels, found["cls"], **near)[k]
+        self._show(
+            "confusion.png",
+            "What k-NN takes for what",
+            lambda path: figures.plot_confusion(truth, predicted, self.names, path),
+        )
+        self._show(
+            "spectrum.png",
+            "Singular values of the features",
+            lambda path: rank.plot_spectrum({n: b for n, (_, b) in rows.items()}, path),
+        )
+
+    def _neighbors(self, found: Mapping[str, np.ndarray], labelled: bool) -> None:
+        count = len(found["cls"])
+        if count <= _NEIGHBORS:
+            return
+        everyone = np.arange(count)
+        queries = sources.spread(count, _PICTURES)
+        for metric in ("cosine", "l2"):
+            nearest = neighbors.nearest(found["cls"], everyone, k=_NEIGHBORS, metric=metric)
+            if labelled:
+                agreement = neighbors.neighbor_agreement(nearest, everyone, found["category"])
+                self.result[f"neighbor_agreement_{metric}"] = agreement
+            wanted = {int(i) for i in np.concatenate([queries[:, None], nearest[queries]], 1).flat}
+            images = [
+                self.held_out[int(found["index"][i])]["image"] if i in wanted else None
+                for i in range(count)
+            ]
+            self._show(
+                f"neighbors_{metric}.png",
+                f"Query and nearest neighbours ({metric})",
+                lambda path, images=images, nearest=nearest: neighbors.plot_neighbors(
+                    images,
+                    queries,
+                    nearest[queries],
+                    path,
+                    labels=found["category"] if labelled else None,
+                    names=self.names,
+                ),
+            )
+
+    def _tsne(self, found: Mapping[str, np.ndarray], labelled: bool) -> None:
+        history = sorted((self.workdir / "features").glob("*.npz"))
+        snapshots = []
+        for path in history:
+            with np.load(path) as kept:
+                cls, category = kept["cls"].astype(np.float32), kept["category"]
+            snapshots.append((f"step {int(path.stem)}", cls, category if labelled else None))
+        if not snapshots:
+            picked = sources.spread(len(found["cls"]), _TSNE_POINTS)
+            category = found["category"][picked] if labelled else None
+            snapshots = [(self.subject, found["cls"][picked], category)]
+        if len(snapshots[0][1]) < 10:
+            return
+        self._show(
+            "tsne.png",
+            "t-SNE of the features",
+            lambda path: embedding.plot_tsne(
+                snapshots, self.names if labelled else (), path, points=_TSNE_POINTS
+            ),
+        )
+
+    def _dense(self) -> None:
+        """PCA of the patch tokens, and attention: on a few images, and on all that have masks."""
+        examples = [self.held_out[int(i)] for i in sources.spread(len(self.held_out), _PICTURES)]
+        outputs = [self._look(example) for example in examples]
+        images = [image for image, _, _, _ in outputs]
+        tokens = np.stack([patches for _, patches, _, _ in outputs])
+        if min(tokens.shape[1:3]) > 1:
+            self._show(
+                "pca.png",
+                "The first three principal components of the patch tokens as red, green and blue",
+                lambda path: pca.plot_pca(images, tokens, path),
+            )
+        if not isinstance(self.backbone, ViT):
+            return
+        masks = [mask for *_, mask in outputs] if outputs[0][3] is not None else None
+        attentions = [attention for _, _, attention, _ in outputs]
+        self._show(
+            "attention.png",
+            "Attention of the last block's CLS token",
+            lambda path: attention_maps.plot_attention(images, attentions, masks, path),
+        )
+        if masks is None:
+            return
+        limit = self.config.eval.limit or len(self.held_out)
+        chosen = sources.spread(len(self.held_out), limit)
+        looks = [self._look(self.held_out[int(i)]) for i in chosen]
+        self.result["attention_jaccard"] = attention_maps.attention_jaccard(
+            [attention for _, _, attention, _ in looks], [mask for *_, mask in looks]
+        )
+
+    def _look(self, example: Mapping[str, Any]):
+        """(image, patch tokens, attention [heads, h, w] or None, mask or None) of an example."""
+        example = sources.fit(dict(example), self.size, multiple=1)
+        batch = {"image": jnp.asarray(example["image"][None])}
+        out = self._look_step(self.variables, batch)
+        patches = np.asarray(out["patches"][0])
+        attention = None
+        if "attention" in out:
+            attention = attention_maps.cls_attention(
+                np.asarray(out["attention"]), patches.shape[:2]
+            )[0]
+        return example["image"], patches, attention, example.get("mask")
+
+    @property
+    def _look_step(self):
+        if not hasattr(self, "_compiled"):
+            is_vit = isinstance(self.backbone, ViT)
+            options = {"attention": True} if is_vit else {}
+            prepare = pretrain.make_input(self.config, self.backbone)
+
+            def step(variables, batch):
+                out = self.backbone.apply(variables, prepare(batch["image"]), **options)
+                return {k: out[k] for k in ("patches", "attention") if k in out}
+
+            self._compiled = jax.jit(step)
+        return self._compiled
+
+    def _show(self, name: str, caption: str, draw) -> None:
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draw(self.folder / name)
+            self.captions[name] = caption
+
+    def _write(self) -> None:
+        metrics = read_metrics(self.workdir)
+        if report.plot_curves(metrics, self.folder / "curves.png"):
+            self.captions = {"curves.png": "Training", **self.captions}
+        write_json(self.workdir / "analysis.json", self.result)
+        report.write_page(
+            self.folder / "analysis.html",
+            title=f"What {self.subject} has learnt",
+            table=_table(self.result),
+            captions=self.captions,
+            config=json.dumps(self.config.to_dict(), indent=2),
+        )
+        print(_summary(self.result), flush=True)
+
+
+def _table(result: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the page's table, the first its head."""
+    if "beside" not in result:
+        return [["", "RankMe"], ["backbone", f"{result['rankme']:.1f}"]]
+    rows = [["", f"k-NN (k = {result['k']})", "linear", "RankMe"]]
+    for name, row in result["beside"].items():
+        rows.append([name, f"{row['knn']:.4f}", f"{row['linear']:.4f}", f"{row['rankme']:.1f}"])
+    return rows
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    lines = [f"{result['subject']}: {result['images']} images of {result['split']}"]
+    for row in _table(result):
+        lines.append("  " + row[0].ljust(12) + "".join(cell.rjust(16) for cell in row[1:]))
+    for key in ("embedding_std", "neighbor_agreement_cosine"):
+        if key in result:
+            lines.append(f"  {key:28s} {result[key]:.4f}")
+    for key in ("best_head", "mean_attention", "whole_image"):
+        if "attention_jaccard" in result:
+            lines.append(f"  attention_jaccard {key:15s} {result['attention_jaccard'][key]:.4f}")
+    return "\n".join(lines)
