@@ -49,6 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             hidden=2048,
             bottleneck=256,
             norm_last_layer=True,
+            batch_norm=False,  # in the projection head
             student_temperature=0.1,
             teacher_temperature=0.04,
             warmup_teacher_temperature=0.04,

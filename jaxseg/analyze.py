@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from jaxseg import pretrain
+from jaxseg import workdir as folder
 from jaxseg.config import ConfigError, validate
 from jaxseg.data import DataError, sources
 from jaxseg.evaluate import (
@@ -62,6 +63,11 @@ def analyze(
       ConfigError: there is neither a run nor weights.
     """
     stored = (workdir / "config.json").exists()
+    if stored and folder.load(workdir, overrides)[0].task == "segmentation":
+        raise ConfigError(
+            f"--workdir={workdir} holds a run of segmentation; to analyse its backbone give "
+            f"--config=configs/dino.py --config.backbone.weights={workdir} and a new --workdir"
+        )
     if stored:
         run = pretrain.restore(workdir, overrides)
         config, backbone, mesh = run.config, run.task.backbone, run.mesh
@@ -95,6 +101,14 @@ class _Analysis:
         self.names = tuple(self.held_out.categories)
         self.result: dict[str, Any] = {"subject": subject, "split": config.eval.split}
         self.captions: dict[str, str] = {}
+        prepare = pretrain.make_input(config, backbone)
+        options = {"attention": True} if isinstance(backbone, ViT) else {}
+
+        def look(variables, image):
+            out = backbone.apply(variables, prepare(image), **options)
+            return {k: out[k] for k in ("patches", "attention") if k in out}
+
+        self._apply = jax.jit(look)
 
     def run(self) -> dict[str, Any]:
         found = self._features(self.held_out, self.variables)
@@ -112,7 +126,7 @@ class _Analysis:
         return self.result
 
     def _features(self, source, variables) -> dict[str, np.ndarray]:
-        """`cls` and the mean colours' baseline `pixels` of all images of a source."""
+        """`cls` and, as a baseline, `pixels` of all images of a source."""
         reader = pretrain.Reader(self.config, source, self.size)
         batches, count = reader.spread(0)
         embed = pretrain.make_embedding(self.config, self.backbone)
@@ -137,8 +151,8 @@ class _Analysis:
                 f"those of {self.config.eval.split} are {self.names}: they must be the same"
             )
         train = self._features(reference, self.variables)
-        side = self.size
-        example = jnp.zeros((1, *pretrain.network_size(self.config, self.backbone, side), 3))
+        seen = pretrain.network_size(self.config, self.backbone, self.size)
+        example = jnp.zeros((1, *seen, 3))
         untrained = jax.jit(self.backbone.init)(jax.random.key(self.config.seed), example)
         mean = train["pixels"].mean(0)
         rows = {
@@ -258,8 +272,7 @@ class _Analysis:
     def _look(self, example: Mapping[str, Any]):
         """(image, patch tokens, attention [heads, h, w] or None, mask or None) of an example."""
         example = sources.fit(dict(example), self.size, multiple=1)
-        batch = {"image": jnp.asarray(example["image"][None])}
-        out = self._look_step(self.variables, batch)
+        out = self._apply(self.variables, jnp.asarray(example["image"][None]))
         patches = np.asarray(out["patches"][0])
         attention = None
         if "attention" in out:
@@ -267,20 +280,6 @@ class _Analysis:
                 np.asarray(out["attention"]), patches.shape[:2]
             )[0]
         return example["image"], patches, attention, example.get("mask")
-
-    @property
-    def _look_step(self):
-        if not hasattr(self, "_compiled"):
-            is_vit = isinstance(self.backbone, ViT)
-            options = {"attention": True} if is_vit else {}
-            prepare = pretrain.make_input(self.config, self.backbone)
-
-            def step(variables, batch):
-                out = self.backbone.apply(variables, prepare(batch["image"]), **options)
-                return {k: out[k] for k in ("patches", "attention") if k in out}
-
-            self._compiled = jax.jit(step)
-        return self._compiled
 
     def _show(self, name: str, caption: str, draw) -> None:
         if jax.process_index() == 0:

@@ -59,6 +59,11 @@ def frozen_paths(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def make_model(config: ml_collections.ConfigDict, variant: Variant) -> Segmenter:
     """The segmenter of a config."""
+    if not isinstance(variant, Variant):
+        raise ConfigError(
+            f"config.backbone.weights={config.backbone.weights!r} is a {variant.name}; segmentation "
+            "takes a ViT"
+        )
     for layer in config.backbone.layers:
         if not -variant.depth <= layer < variant.depth:
             raise ConfigError(

@@ -37,6 +37,12 @@ def main(
     else:
         if not inputs or not outputs:
             raise ConfigError("--mode=predict needs --inputs=FILE|FOLDER|GLOB and --outputs=FOLDER")
+        task = folder.load(workdir, overrides)[0].task
+        if task != "segmentation":
+            raise ConfigError(
+                f"--workdir={workdir} holds a run of {task}, which predicts no masks: train "
+                f"configs/pac_objseg.py with --config.backbone.weights={workdir} first"
+            )
         masks = predict.predict(workdir, inputs, Path(outputs), overrides)
         print(f"{len(masks)} masks and overlays in {outputs}")
 

@@ -82,6 +82,7 @@ def make_task(
             hidden=options.hidden,
             bottleneck=options.bottleneck,
             norm_last_layer=options.norm_last_layer,
+            batch_norm=options.batch_norm,
             dtype=config.backbone.precision,
         ),
         views=make_views(config),

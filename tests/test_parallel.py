@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import ROOT, losses, run_main, tiny_arguments
+from tiny import DINO_OVERRIDES, ROOT, losses, run_main, tiny_arguments
 
 CONFIG = "--config=configs/pac_objseg.py"
 SETTINGS = dict(
@@ -31,11 +31,12 @@ def _one_process(workdir, devices, **changes):
     return losses(workdir), json.loads((workdir / "eval.json").read_text())
 
 
-def _two_processes(workdir):
+def _two_processes(workdir, config=CONFIG, settings=None):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    arguments = [f"--workdir={workdir}", "--distributed", *tiny_arguments(**SETTINGS)]
+    settings = tiny_arguments(**SETTINGS) if settings is None else settings
+    arguments = [f"--workdir={workdir}", "--distributed", *settings]
     processes = []
     for rank in range(2):
         environment = {
@@ -44,7 +45,7 @@ def _two_processes(workdir):
         }
         join = [f"--coordinator=localhost:{port}", "--processes=2", f"--process={rank}"]
         process = subprocess.Popen(
-            [sys.executable, "main.py", CONFIG, *arguments, *join],
+            [sys.executable, "main.py", config, *arguments, *join],
             cwd=ROOT,
             env=os.environ | environment,
             stdout=subprocess.PIPE,
@@ -87,3 +88,57 @@ def test_a_batch_smaller_than_the_devices(tmp_path):
     one = _one_process(tmp_path / "one", 1, train__batch=3, train__steps=4)
     eight = _one_process(tmp_path / "eight", 8, train__batch=3, train__steps=4)
     _assert_same(one, eight)
+
+
+DINO_CONFIG = "--config=configs/dino.py"
+# The paper's recipe but for the sizes; ten images, so that the last rows of a batch are a new epoch.
+DINO_SETTINGS = tiny_arguments(DINO_OVERRIDES, data__limit=10, train__steps=20)
+
+
+def _teacher(workdir):
+    """(loss by step, centre and teacher after the last)."""
+    import jax
+
+    from jaxseg import pretrain
+
+    state = pretrain.restore(workdir, {}).state
+    return losses(workdir), jax.tree.map(
+        np.asarray, (state.extra["center"], state.extra["teacher"])
+    )
+
+
+def _assert_same_teacher(a, b):
+    np.testing.assert_allclose(a[0], b[0], atol=1e-5)
+    import jax
+
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def _pretrain(workdir, devices, *changes):
+    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    arguments = [f"--workdir={workdir}", *DINO_SETTINGS, *changes]
+    done = run_main(DINO_CONFIG, *arguments, environment=environment)
+    assert done.returncode == 0, done.stderr
+    return _teacher(workdir)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return _pretrain(tmp_path_factory.mktemp("dino") / "w", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "devices, changes",
+    [(8, []), (8, ["--config.sharding.params=fsdp"]), (1, ["--config.train.accumulate=4"])],
+    ids=["eight devices", "fsdp", "four parts"],
+)
+def test_pretraining_is_the_same(pretrained, tmp_path, devices, changes):
+    _assert_same_teacher(pretrained, _pretrain(tmp_path / "w", devices, *changes))
+
+
+@pytest.mark.slow
+def test_pretraining_in_two_processes_is_the_same(pretrained, tmp_path):
+    _two_processes(tmp_path / "w", DINO_CONFIG, DINO_SETTINGS)
+    _assert_same_teacher(pretrained, _teacher(tmp_path / "w"))

@@ -33,6 +33,28 @@ def tiny_config(**changes):
     return config
 
 
+# The same for pretraining: `configs/dino.py` with the smallest crops of the drawn images.
+DINO_OVERRIDES = {
+    "data.size": (32, 32),
+    "data.limit": 12,
+    "backbone.variant": "vit_micro8",
+    "views.global_size": 32,
+    "views.local_size": 16,
+    "views.local_count": 2,
+    "dino.outputs": 64,
+    "dino.hidden": 32,
+    "dino.bottleneck": 16,
+    "eval.split": "test",
+    "eval.limit": 8,
+    "eval.batch": 6,
+    "train.eval_every": 0,
+    "train.steps": 6,
+    "train.batch": 8,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+}
+
+
 def run_main(
     *arguments: str, environment=None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
@@ -47,10 +69,10 @@ def run_main(
     )
 
 
-def tiny_arguments(**changes) -> list[str]:
-    """The same overrides as command-line arguments."""
+def tiny_arguments(overrides=OVERRIDES, **changes) -> list[str]:
+    """The overrides, and then `changes`, as command-line arguments."""
     changes = {k.replace("__", "."): v for k, v in changes.items()}
-    return [f"--config.{key}={value}" for key, value in (OVERRIDES | changes).items()]
+    return [f"--config.{key}={value}" for key, value in (overrides | changes).items()]
 
 
 def losses(workdir: Path) -> list[float]:

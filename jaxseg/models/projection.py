@@ -18,6 +18,8 @@ class ProjectionHead(nn.Module):
       outputs: K, the number of prototypes.
       hidden, bottleneck: widths of the layers before.
       norm_last_layer: keep the gains g of the weight norm at 1 (else they are trained).
+      batch_norm: normalise the hidden layers by the batch (the reference's use_bn_in_head): small
+        networks and batches then no longer fall to uniform outputs.
       dtype: of the matrix products; norms, and what is returned, are float32.
     """
 
@@ -25,13 +27,25 @@ class ProjectionHead(nn.Module):
     hidden: int = 2048
     bottleneck: int = 256
     norm_last_layer: bool = True
+    batch_norm: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_NxD: jax.Array) -> jax.Array:
-        """Logits float32 [N, K] of features [N, D]; cosines in [-1, 1] where gains are 1."""
+    def __call__(self, x_NxD: jax.Array, *, train: bool = True) -> jax.Array:
+        """Logits float32 [N, K] of features [N, D]; cosines in [-1, 1] where gains are 1.
+
+        `train` says whether batch norm uses (and updates) the statistics of this batch.
+        """
         x = x_NxD
         for i, width in enumerate((self.hidden, self.hidden, self.bottleneck)):
+            if i and self.batch_norm:
+                x = nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=0.9,
+                    epsilon=1e-5,
+                    dtype=self.dtype,
+                    name=f"bn_{2 * i - 2}",
+                )(x)
             x = gelu(x) if i else x
             x = nn.Dense(width, dtype=self.dtype, kernel_init=_init, name=f"mlp_{2 * i}")(x)
         x = _normalized(x.astype(jnp.float32), axis=-1)

@@ -48,9 +48,7 @@ RESNETS: dict[str, ResNetVariant] = {
         # As used on CIFAR, where the usual stem would leave a single pixel.
         ResNetVariant("resnet18_small", (2, 2, 2, 2), bottleneck=False, small_stem=True),
         # A quarter as wide: for a laptop.
-        ResNetVariant(
-            "resnet18_micro", (2, 2, 2, 2), bottleneck=False, width=16, small_stem=True
-        ),
+        ResNetVariant("resnet18_micro", (2, 2, 2, 2), bottleneck=False, width=16, small_stem=True),
     ]
 }
 

@@ -26,7 +26,8 @@ class DinoTask:
     The student's parameters are the loop's, `{"backbone", "head"}`. The extra state is the teacher (the
     same tree), the centre, and each network's running statistics where it has batch norm; none of it
     is an argument of the differentiated function, so no gradient can reach it. As in the reference
-    both networks normalise by the batch, and the teacher's statistics are its own, no average.
+    both networks normalise by the batch, and the teacher's statistics are its own, no average. With
+    batch norm a batch in parts is not the same as the whole: each part is normalised by itself.
 
     Attributes:
       backbone: gives `cls` [B, D] of normalised images.
@@ -59,7 +60,11 @@ class DinoTask:
 
     def init_extra(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The teacher, equal to the student, a centre of zeros, and fresh statistics."""
-        statistics = initial_statistics(self.backbone, self._example())
+        features = jnp.zeros((1, self.backbone.variant.dim))
+        statistics = {
+            "backbone": initial_statistics(self.backbone, self._example()),
+            "head": initial_statistics(self.head, features),
+        }
         return {
             "teacher": params,
             "center": jnp.zeros(self.head.outputs, jnp.float32),
@@ -91,17 +96,22 @@ class DinoTask:
                 fold = jax.vmap(jax.random.fold_in, (0, None))
                 keys = jnp.concatenate([fold(drop_keys_B, i) for i in members])
             out, changed = self.backbone.apply(
-                {"params": params["backbone"], "batch_stats": statistics},
+                {"params": params["backbone"], "batch_stats": statistics["backbone"]},
                 images,
                 drop_keys_B=keys,
                 train=True,
                 mutable=["batch_stats"],
             )
-            statistics = changed.get("batch_stats", statistics)
+            statistics = statistics | {"backbone": changed.get("batch_stats", {})}
             cls = out["cls"].reshape(len(members), batch, -1)
             features |= dict(zip(members, cls, strict=True))
         stacked = jnp.stack([features[i] for i in range(count)])
-        logits = self.head.apply({"params": params["head"]}, stacked.reshape(count * batch, -1))
+        logits, changed = self.head.apply(
+            {"params": params["head"], "batch_stats": statistics["head"]},
+            stacked.reshape(count * batch, -1),
+            mutable=["batch_stats"],
+        )
+        statistics = statistics | {"head": changed.get("batch_stats", {})}
         return logits.reshape(count, batch, -1), stacked, statistics
 
     def loss(
@@ -187,5 +197,5 @@ class DinoTask:
         """What `backbone.apply` takes, of the network to be judged: the teacher."""
         return {
             "params": extra["teacher"]["backbone"],
-            "batch_stats": extra["teacher_statistics"],
+            "batch_stats": extra["teacher_statistics"]["backbone"],
         }

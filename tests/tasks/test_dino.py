@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import flax
 import flax.linen as nn
@@ -19,11 +20,14 @@ from jaxseg.train import loop, optim
 from jaxseg.train.schedules import cosine, staircase
 
 STEPS, BATCH, OUTPUTS, HELD = 4, 4, 7, 2
+NONE = {"backbone": {}, "head": {}}  # no running statistics
 VIEWS = (View(8, (0.4, 1.0)), View(8, (0.4, 1.0), solarize=0.2), View(4, (0.1, 0.4)))
 
 
 class Pooled(nn.Module):
     """The smallest backbone: mean colour, then a linear layer."""
+
+    variant = types.SimpleNamespace(dim=5)
 
     @nn.compact
     def __call__(self, image, *, drop_keys_B=None, train=False):
@@ -206,8 +210,8 @@ def test_views_of_one_size_go_through_together():
     views = [
         jax.random.uniform(jax.random.key(i), (3, v.size, v.size, 3)) for i, v in enumerate(VIEWS)
     ]
-    logits, features, _ = task.project(params, {}, views)
+    logits, features, _ = task.project(params, NONE, views)
     assert logits.shape == (3, 3, OUTPUTS) and features.shape == (3, 3, 5)
     for i, view in enumerate(views):
-        alone, _, _ = task.project(params, {}, [view])
+        alone, _, _ = task.project(params, NONE, [view])
         np.testing.assert_allclose(alone[0], logits[i], atol=1e-6)

@@ -80,3 +80,54 @@ def test_split_and_merge_are_inverse():
     assert frozen == {"backbone": {"blocks_1": {"w": 2}}, "head": {"w": 4}}
     assert trained == {"backbone": {"a": 1, "blocks_10": {"w": 3}}}
     assert merge_params(trained, frozen) == params
+
+
+def test_dinos_schedules():
+    config = _config(lr=5e-4, lr_batch=256, schedule="cosine", warmup=0.1, final_lr=1e-6)
+    schedule = optim.make_schedule(config, 200, batch=1024)
+    assert float(schedule(19)) == pytest.approx(2e-3)  # the peak, four times 5e-4
+    assert float(schedule(0)) == pytest.approx(1e-4)
+    middle = 1e-6 + 0.5 * (2e-3 - 1e-6) * (1 + np.cos(np.pi * 90 / 180))
+    assert float(schedule(110)) == pytest.approx(middle, rel=1e-4)
+    assert float(schedule(200)) == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_weight_decay_follows_its_cosine():
+    params = {"w": jnp.ones((2, 2))}
+    config = _config(name="adamw", weight_decay=0.04, weight_decay_end=0.4, clip_norm=0.0)
+    optimizer = optim.make_optimizer(config, optax.constant_schedule(1.0), steps=10)
+    state = optimizer.init(params)
+    for step in range(11):
+        updates, state = optimizer.update({"w": jnp.zeros((2, 2))}, state, params)
+        expected = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * step / 10))
+        np.testing.assert_allclose(updates["w"], -expected, rtol=1e-5)
+
+
+def test_each_tensor_is_clipped_by_itself():
+    grads = {"a": jnp.full((4,), 3.0), "b": jnp.full((4,), 0.1)}
+    clipped, _ = optim.clip_each(3.0).update(grads, optax.EmptyState())
+    np.testing.assert_allclose(clipped["a"], 1.5, rtol=1e-5)
+    np.testing.assert_array_equal(clipped["b"], grads["b"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_what_is_held_ends_as_if_it_had_begun_later(name):
+    """A held tensor's steps are those of a run that starts when it is let go."""
+    rng = np.random.default_rng(0)
+    grads = [{"last": g} for g in rng.normal(size=(6, 5, 4)).astype(np.float32)]
+    config = _config(name=name, weight_decay=0.1, clip_norm=0.0)
+
+    def run(optimizer, params, grads):
+        state = optimizer.init(params)
+        for g in grads:
+            updates, state = optimizer.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    params = {"last": jnp.ones((5, 4))}
+    constant = optax.constant_schedule(0.1)
+    held = optim.make_optimizer(config, constant, hold="last", hold_steps=4)
+    found = run(held, params, grads)
+    expected = run(optim.make_optimizer(config, constant), params, grads[4:])
+    np.testing.assert_allclose(found["last"], expected["last"], rtol=1e-6)
+    np.testing.assert_array_equal(run(held, params, grads[:4])["last"], params["last"])

@@ -1,0 +1,209 @@
+"""One step of DINO: images/s, the share of the peak, and where the time goes.
+
+    python benchmarks/dino.py                       # 2 x 224 + 8 x 96, ViT-S/16, float32
+    python benchmarks/dino.py --precision=bfloat16 --batch=128 --accelerator
+    python benchmarks/dino.py --files=IMAGES        # end to end from image files as well
+
+Prints one markdown table. The peak is the rate of one large matrix product in the same precision,
+measured in the same run. Parts are timed by themselves; their sum is not exactly the step, in which XLA
+fuses and overlaps them. The Pillow row draws the same recipe with Pillow on one core.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.dino import get_config  # noqa: E402
+from jaxseg import pretrain  # noqa: E402
+from jaxseg.models.backbones import BACKBONES  # noqa: E402
+from jaxseg.ops.views import View, draw_views  # noqa: E402
+from jaxseg.train import loop  # noqa: E402
+
+
+def seconds(function, *arguments, repeats: int) -> float:
+    """Best time of a call, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def peak(precision: str, repeats: int, side: int) -> float:
+    """FLOP/s of a matrix product."""
+    a = jnp.ones((side, side), precision)
+    return 2 * side**3 / seconds(jax.jit(jnp.dot), a, a, repeats=repeats)
+
+
+def vit_flops(variant, side: int) -> float:
+    """Forward FLOPs of a ViT on one image: two for each multiply-add of its matrix products."""
+    n, d = (side // variant.patch) ** 2 + 1, variant.dim
+    block = 2 * n * d * d * (4 + 2 * variant.mlp_ratio) + 4 * n * n * d
+    return variant.depth * block + 2 * (n - 1) * variant.patch**2 * 3 * d
+
+
+def step_flops(config, variant) -> float:
+    """FLOPs of a step for one image: the student's forward counts three times, the teacher's once."""
+    views = pretrain.make_views(config)
+    o, d = config.dino, variant.dim
+    head = 2 * (d * o.hidden + o.hidden**2 + o.hidden * o.bottleneck + o.bottleneck * o.outputs)
+    passes = [vit_flops(variant, view.size) + head for view in views]
+    return 3 * sum(passes) + sum(passes[:2])
+
+
+def pillow_views(image: Image.Image, views: list[View], rng: np.random.Generator) -> None:
+    """The recipe of `ops.views`, as a data loader would draw it."""
+    width, height = image.size
+    for view in views:
+        area = rng.uniform(*view.scale) * width * height
+        ratio = np.exp(rng.uniform(*np.log(view.ratio)))
+        w = min(width, round((area * ratio) ** 0.5))
+        h = min(height, round((area / ratio) ** 0.5))
+        left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+        crop = image.crop((left, top, left + w, top + h))
+        crop = crop.resize((view.size, view.size), Image.Resampling.BICUBIC)
+        if rng.random() < view.flip:
+            crop = ImageOps.mirror(crop)
+        if rng.random() < view.jitter:
+            kinds = {
+                ImageEnhance.Brightness: view.brightness,
+                ImageEnhance.Contrast: view.contrast,
+                ImageEnhance.Color: view.saturation,
+            }
+            for kind in rng.permutation([*kinds, None]):
+                if kind is None:
+                    hue, saturation, value = crop.convert("HSV").split()
+                    shift = int(rng.uniform(-view.hue, view.hue) * 255) % 256
+                    hue = hue.point(lambda x, s=shift: (x + s) % 256)
+                    crop = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+                else:
+                    strength = kinds[kind]
+                    crop = kind(crop).enhance(rng.uniform(1 - strength, 1 + strength))
+        if rng.random() < view.gray:
+            crop = crop.convert("L").convert("RGB")
+        if rng.random() < view.blur:
+            crop = crop.filter(ImageFilter.GaussianBlur(rng.uniform(*view.blur_sigma)))
+        if rng.random() < view.solarize:
+            crop = ImageOps.solarize(crop)
+        np.asarray(crop)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--variant", default="dino_vits16")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--outputs", type=int, default=65536)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--accelerator", action="store_true", help="a larger product for the peak")
+    parser.add_argument("--files", default="", help="a folder or zip file of images")
+    args = parser.parse_args()
+
+    config = get_config(args.preset)
+    config.backbone.update(variant=args.variant, precision=args.precision)
+    config.dino.outputs = args.outputs
+    config.train.batch = args.batch
+    variant = BACKBONES[args.variant]
+    run_length = dict(steps=1000, examples=10000)
+    task = pretrain.make_task(config, variant, **run_length)
+    optimizer, _ = pretrain.make_optimizer(config, **run_length)
+    height, width = config.data.size
+    rng = np.random.default_rng(0)
+    # Smooth images: noise would be no picture of what Pillow's filters usually meet.
+    small = rng.integers(0, 256, (args.batch, 8, 8, 3), np.uint8)
+    images = np.stack([np.asarray(Image.fromarray(x).resize((width, height))) for x in small])
+    batch = {
+        "image": jnp.asarray(images),
+        "extent": jnp.tile(jnp.array([[height, width]], jnp.int32), (args.batch, 1)),
+        "row": jnp.arange(args.batch, dtype=jnp.int32),
+        "valid": jnp.ones(args.batch, bool),
+    }
+    key = jax.random.key(0)
+    params = jax.jit(task.init)(key)
+    state = loop.make_state(task, params, optimizer)
+    step = jax.jit(loop.make_train_step(task, optimizer, seed=0))
+    keys = jax.random.split(key, args.batch)
+
+    def draw(keys, batch):
+        return draw_views(keys, batch["image"], batch["extent"], task.views)
+
+    views = jax.jit(draw)(keys, batch)
+    none = state.extra["student_statistics"]
+    teacher = jax.jit(lambda p, v: task.project(p, none, v[:2])[0])
+
+    def student(p, views):
+        logits, _, _ = task.project(p, none, views, keys)
+        return logits.sum()
+
+    grads = jax.jit(jax.grad(student))(params, views)
+
+    def update(grads, state):
+        updates, _ = optimizer.update(grads, state.opt_state, state.params)
+        return jax.tree.map(jnp.add, state.params, updates)
+
+    time_of = {
+        "augmentation": seconds(jax.jit(draw), keys, batch, repeats=args.repeats),
+        "teacher": seconds(teacher, params, views, repeats=args.repeats),
+        "student, forward and backward": seconds(
+            jax.jit(jax.grad(student)), params, views, repeats=args.repeats
+        ),
+        "optimiser": seconds(jax.jit(update), grads, state, repeats=args.repeats),
+        "whole step": seconds(step, state, {}, batch, repeats=args.repeats),
+    }
+    whole, rate = (
+        time_of["whole step"],
+        peak(args.precision, args.repeats, 8192 if args.accelerator else 2048),
+    )
+    flops = step_flops(config, variant) * args.batch
+    sizes = (
+        f"2 x {config.views.global_size} + {config.views.local_count} x {config.views.local_size}"
+    )
+    print(
+        f"{args.variant}, {sizes}, K = {args.outputs}, batch {args.batch}, {args.precision}, "
+        f"{jax.devices()[0].device_kind}: {args.batch / whole:.2f} images/s, "
+        f"{flops / whole / 1e9:.0f} GFLOP/s, {flops / whole / rate:.0%} of the measured "
+        f"{rate / 1e9:.0f} GFLOP/s\n"
+    )
+    print("| part | ms an image | share of the step |\n|---|---|---|")
+    for name, value in time_of.items():
+        print(f"| {name} | {1e3 * value / args.batch:.1f} | {value / whole:.0%} |", flush=True)
+    begin = time.perf_counter()
+    for image in images:
+        pillow_views(Image.fromarray(image), list(task.views), rng)
+    pillow = time.perf_counter() - begin
+    print(f"| the same views in Pillow, one core | {1e3 * pillow / args.batch:.1f} | |")
+    if args.files:
+        _from_files(args, config, step, state, whole)
+
+
+def _from_files(args, config, step, state, whole: float) -> None:
+    """Images/s of steps fed from files, as a share of the rate without reading."""
+    config.data.update(name="images", root=args.files, memory_gigabytes=0.0, threads=16)
+    source = pretrain.make_source(config, "train")
+    reader = pretrain.Reader(config, source, tuple(config.data.size))
+    steps = max(20, args.repeats)
+    begin = None
+    for i, batch in enumerate(reader.train_batches(0, steps + 3)):
+        if i == 3:
+            jax.block_until_ready(state)
+            begin = time.perf_counter()
+        batch = {k: batch[k] for k in ("image", "extent", "row", "valid")}
+        state, _ = step(state, {}, batch)
+    jax.block_until_ready(state)
+    each = (time.perf_counter() - begin) / steps
+    print(f"\nfrom files: {args.batch / each:.2f} images/s, {whole / each:.0%} of the rate above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Broken pretraining runs are named, and a healthy one raises nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs.dino import get_config
+from jaxseg import pretrain
+from jaxseg.data import shapes
+from jaxseg.models.vit import Variant
+from jaxseg.train import loop
+from jaxseg.train.collapse import MESSAGES, CollapseMonitor
+
+STEPS, BATCH, EPOCH = 200, 16, 40
+VARIANT = Variant("tiny", 8, 64, 3, 2, grid=4)
+
+BROKEN = {
+    "centre": {"dino.center_momentum": 1.0},
+    "sharpening": {"dino.teacher_temperature": 1.0, "dino.warmup_teacher_temperature": 1.0},
+    "learning rate": {"optim.lr": 0.1},
+    "shared": {"dino.momentum": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def images():
+    source = shapes.Shapes("train", size=(64, 64), length=EPOCH * BATCH // 4)
+    return np.stack([source[i]["image"][::2, ::2] for i in range(len(source))])
+
+
+def _run(images, changes, monitor):
+    """`STEPS` steps of a small run; the last layer is let go after `EPOCH`."""
+    config = get_config("small")
+    settings = {
+        "views.local_count": 1,
+        "dino.hidden": 64,
+        "dino.outputs": 128,
+        "dino.bottleneck": 32,
+        "optim.lr": 1e-3,
+        "optim.lr_batch": 0,
+        "train.batch": BATCH,
+    }
+    config.update_from_flattened_dict(settings | changes)
+    horizon = dict(steps=5 * STEPS, examples=EPOCH * BATCH)
+    task = pretrain.make_task(config, VARIANT, **horizon)
+    if "dino.momentum" in changes:
+        task = dataclasses.replace(task, momentum=lambda step: 0.0)
+    optimizer, _ = pretrain.make_optimizer(config, **horizon)
+    state = loop.make_state(task, jax.jit(task.init)(jax.random.key(0)), optimizer)
+    step_fn = jax.jit(loop.make_train_step(task, optimizer, seed=0), donate_argnums=0)
+    losses = []
+    for step in range(1, STEPS + 1):
+        rows = np.arange(BATCH, dtype=np.int32)
+        batch = {
+            "image": images[(rows + step * BATCH) % len(images)],
+            "extent": np.full((BATCH, 2), 32, np.int32),
+            "row": rows,
+            "valid": np.ones(BATCH, bool),
+        }
+        state, scalars = step_fn(state, {}, batch)
+        if step == 1 or step % 10 == 0:
+            values = {k: float(v) for k, v in scalars.items()}
+            losses.append(values["loss"])
+            monitor(step, values)
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(BROKEN))
+def test_broken_runs_are_named(images, mode, caplog):
+    monitor = CollapseMonitor(student_temperature=0.1)
+    _run(images, BROKEN[mode], monitor)
+    assert monitor.found[0] == mode
+    assert MESSAGES[mode] in caplog.text and "COLLAPSE" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_healthy_run_raises_nothing(images):
+    monitor = CollapseMonitor(student_temperature=0.1)
+    _run(images, {}, monitor)
+    assert monitor.found == []
+
+
+HEALTHY = {
+    "teacher_temperature": 0.04,
+    "center_norm": 1.0,
+    "teacher_distance": 0.05,
+    "update_ratio": 1e-3,
+    "teacher_kl": 0.1,
+    "teacher_entropy": 0.6,
+    "loss": 5.0,
+}
+
+
+def _feed(rows):
+    monitor = CollapseMonitor(student_temperature=0.1)
+    for step, changes in rows:
+        monitor(step, HEALTHY | changes)
+    return monitor.found
+
+
+def test_the_loss_of_an_unfrozen_last_layer_may_rise():
+    # Epoch losses of a healthy ViT-S/16 on ImageNet; the second epoch lets the last layer go.
+    losses = (7.29, 9.18, 7.32, 5.97, 5.30)
+    assert _feed([(1000 * i, {"loss": loss}) for i, loss in enumerate(losses)]) == []
+
+
+@pytest.mark.parametrize("entropy, mode", [(0.999, "uniform"), (0.01, "constant")])
+def test_outputs_that_become_equal(entropy, mode):
+    fallen = {"teacher_kl": 1e-4, "teacher_entropy": entropy}
+    assert _feed([(100, {}), (150, fallen), (170, fallen)]) == []  # a dip
+    assert _feed([(100, {}), (150, fallen), (170, {}), (200, fallen)]) == []  # it came back
+    assert _feed([(100, {}), (150, fallen), (200, fallen), (250, fallen)]) == [mode]
+
+
+def test_outputs_that_never_came_apart():
+    equal = {"teacher_kl": 1e-5, "teacher_entropy": 0.9999}
+    assert _feed([(step, equal) for step in range(0, 900, 50)]) == []
+    assert _feed([(step, equal) for step in range(0, 1100, 50)]) == ["uniform"]
