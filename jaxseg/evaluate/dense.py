@@ -8,13 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxseg import metrics
-from jaxseg.tasks import Task
+from jaxseg.tasks import DenseTask
 from jaxseg.train import partition
 from jaxseg.train.writers import Progress
 
 
 def evaluate(
-    task: Task,
+    task: DenseTask,
     params: Mapping[str, Any],
     batches: Iterable[Mapping[str, np.ndarray]],
     *,

@@ -19,8 +19,8 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 class ResNetVariant:
     """The shape of a ResNet: blocks of each stage, whether they are bottlenecks, and the stem.
 
-    `width` is the first stage's; a `small_stem` is one 3x3 convolution without stride or pooling, for
-    images of 32 x 32.
+    `width` is the first stage's; a `small_stem` is one 3x3 convolution of `stem_stride` without
+    pooling, for images of 32 x 32.
     """
 
     name: str
@@ -28,6 +28,7 @@ class ResNetVariant:
     bottleneck: bool
     width: int = 64
     small_stem: bool = False
+    stem_stride: int = 1
 
     # Images need not be multiples of anything.
     patch = 1
@@ -47,8 +48,15 @@ RESNETS: dict[str, ResNetVariant] = {
         ResNetVariant("resnet101", (3, 4, 23, 3), bottleneck=True),
         # As used on CIFAR, where the usual stem would leave a single pixel.
         ResNetVariant("resnet18_small", (2, 2, 2, 2), bottleneck=False, small_stem=True),
-        # A quarter as wide: for a laptop.
-        ResNetVariant("resnet18_micro", (2, 2, 2, 2), bottleneck=False, width=16, small_stem=True),
+        # Ours: small enough to pretrain on a laptop.
+        ResNetVariant(
+            "resnet10_mini",
+            (1, 1, 1, 1),
+            bottleneck=False,
+            width=32,
+            small_stem=True,
+            stem_stride=2,
+        ),
     ]
 }
 
@@ -140,13 +148,15 @@ class ResNet(nn.Module):
         v = self.variant
         norm = _norm(self.norm, train, self.dtype)
         if v.small_stem:
-            x = _conv(v.width, 3, dtype=self.dtype, name="conv1")(image_BxHxWx3)
+            x = _conv(v.width, 3, stride=v.stem_stride, dtype=self.dtype, name="conv1")(
+                image_BxHxWx3
+            )
             x = nn.relu(norm(name="bn1")(x))
         else:
             x = _conv(v.width, 7, stride=2, dtype=self.dtype, name="conv1")(image_BxHxWx3)
             x = nn.relu(norm(name="bn1")(x))
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        stages, dilation, reached = [], 1, 4
+        stages, dilation, reached = [], 1, v.stem_stride if v.small_stem else 4
         for i, blocks in enumerate(v.blocks):
             stride = 1 if i == 0 else 2
             entry = dilation

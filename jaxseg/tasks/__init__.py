@@ -44,3 +44,15 @@ class Task(Protocol):
 
         `params` are those after the step, without the frozen ones.
         """
+
+
+class DenseTask(Task, Protocol):
+    """A task that predicts masks, which `evaluate.dense` scores."""
+
+    def sums(
+        self, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Sums over the valid examples by category, and values of each example."""
+
+    def summarize(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics of a split, from its added `sums`."""
