@@ -25,7 +25,7 @@ def get_base_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict(
         dict(
-            name="shapes",  # shapes, folder, images or tfds
+            name="shapes",  # shapes or kinds (drawn), folder, images or tfds
             root="",  # folder, images: the data; tfds: where the prepared data sets are
             categories=(),  # names; empty = all
             mask_values="auto",  # folder: 0/255, 0/1 (255 = void), or auto: 0/1 if a mask has a 1

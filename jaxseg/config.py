@@ -212,10 +212,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if not config.train.steps and not config.train.epochs:
         raise ConfigError("config.train.steps and config.train.epochs are both 0; set one")
-    if config.data.name == "shapes" and config.data.root:
+    if config.data.name in ("shapes", "kinds") and config.data.root:
         raise ConfigError(
-            f"config.data.root is {config.data.root!r}, but config.data.name='shapes' draws its own "
-            "images; add --config.data.name=folder (or tfds) to read that folder"
+            f"config.data.root is {config.data.root!r}, but config.data.name={config.data.name!r} "
+            "draws its own images; add --config.data.name=folder (or tfds) to read that folder"
         )
     if config.data.name in ("folder", "images") and not config.data.root:
         raise ConfigError(f"config.data.name={config.data.name!r} needs --config.data.root=FOLDER")

@@ -100,7 +100,7 @@ def make_source(
         )
     if data.name == "folder":
         options = dict(mask_values=data.mask_values, mask_threshold=data.mask_threshold or None)
-    if data.name == "shapes":
+    if data.name in ("shapes", "kinds"):
         options = dict(size=tuple(data.size)) if tuple(data.size) != (0, 0) else {}
         options |= dict(length=data.length) if data.length and split == "train" else {}
     source = sources.create(data.name, split, root=data.root, categories=chosen, **options)

@@ -59,7 +59,7 @@ def test_right_overrides_pass():
 @pytest.mark.parametrize(
     "key, value, allowed",
     [
-        ("data.name", "imagenet", "shapes, folder, images, tfds"),
+        ("data.name", "imagenet", "shapes, kinds, folder, images, tfds"),
         ("head.name", "best", "linear.*pac_course"),
         ("eval.split", "validation", "train, val, test"),
         ("backbone.variant", "vit", "dino_vits16"),

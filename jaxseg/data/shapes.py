@@ -11,6 +11,7 @@ import numpy as np
 from jaxseg.data import shapes_forms as forms
 from jaxseg.data.shapes_draw import Canvas, Pose, draw_skin
 
+KINDS = ("fish", *dict.fromkeys(form.__name__ for form in forms.DISTRACTORS))
 LENGTHS = {"train": 2000, "val": 200, "test": 300}
 CATEGORIES = ("fish",)
 MEMORY = 512 * 2**20  # bytes of drawn examples that one source keeps
@@ -24,14 +25,16 @@ class Shapes:
     category, a size below 32 or a negative length, and IndexError beyond the end.
     """
 
+    all_categories = CATEGORIES
+
     def __init__(self, split: str, *, seed: int = 0, size: tuple[int, int] = (128, 128),
                  length: int | None = None, categories: tuple[str, ...] = ()):  # fmt: skip
         if split not in LENGTHS:
             raise ValueError(f"unknown split {split!r} of shapes; allowed: {', '.join(LENGTHS)}")
         for name in categories:
-            if name not in CATEGORIES:
+            if name not in self.all_categories:
                 raise ValueError(
-                    f"unknown category {name!r} of shapes; allowed: {', '.join(CATEGORIES)}"
+                    f"unknown category {name!r} of shapes; allowed: {', '.join(self.all_categories)}"
                 )
         size = tuple(int(n) for n in size)
         if len(size) != 2 or min(size) < 32:
@@ -40,7 +43,7 @@ class Shapes:
         if length < 0 or seed < 0:
             raise ValueError(f"length {length}, seed {seed} of shapes; allowed: both >= 0")
         self.split, self.seed, self.size = split, seed, size
-        self.categories = CATEGORIES
+        self.categories = self.all_categories
         self._length = length
         self._room = MEMORY // (4 * math.prod(size))
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -57,19 +60,45 @@ class Shapes:
         drawn = self._kept.get(index)
         if drawn is None:
             key = (self.seed, list(LENGTHS).index(self.split), index)
-            drawn = draw_scene(forms.Dice(*key), self.size)
+            drawn = self._draw(index, forms.Dice(*key))
             with self._lock:
                 if len(self._kept) < self._room:
                     self._kept[index] = drawn
         image, mask = drawn
         name = f"{self.split}-{index:05d}"
-        return {"image": image.copy(), "mask": mask.copy(), "category": 0, "name": name}
+        category = self._category(index)
+        return {"image": image.copy(), "mask": mask.copy(), "category": category, "name": name}
+
+    def _draw(self, index: int, dice: forms.Dice) -> tuple[np.ndarray, np.ndarray]:
+        return draw_scene(dice, self.size)
+
+    def _category(self, index: int) -> int:
+        return 0
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": {}, "_lock": None}
 
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+class Kinds(Shapes):
+    """The same objects, one an image: its kind is the category, and the mask is the object's.
+
+    For pretraining and for k-NN, which need an image to have one class. Kinds are equally frequent.
+    """
+
+    all_categories = KINDS
+
+    def __getitem__(self, index: int) -> dict:
+        example = super().__getitem__(index)
+        return example | {"name": f"{KINDS[example['category']]}/{example['name']}"}
+
+    def _draw(self, index: int, dice: forms.Dice) -> tuple[np.ndarray, np.ndarray]:
+        return draw_kind(dice, self.size, KINDS[self._category(index)])
+
+    def _category(self, index: int) -> int:
+        return index % len(KINDS)
 
 
 def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +134,17 @@ def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.
         if is_fish and pixels:
             whole[number] = pixels
     mask = np.isin(canvas.owner, list(whole)).astype(np.uint8)
+    return canvas.finish(dice), mask
+
+
+def draw_kind(dice: forms.Dice, size: tuple[int, int], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """One image (uint8 HxWx3) of one object of a kind, and the object's mask (uint8 HxW)."""
+    canvas = Canvas(dice, size)
+    scale = dice.uniform(0.26, 0.4) * min(canvas.width, canvas.height)
+    pose = _pose(dice, canvas, scale, 0.9 * scale, [])
+    skin = draw_skin(dice, canvas.colour)
+    canvas.paint(dice, getattr(forms, kind)(dice), skin, pose, 1, lambda window, inside: True)
+    mask = (canvas.owner == 1).astype(np.uint8)
     return canvas.finish(dice), mask
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from jaxseg.data.images import VOID, DataError
 
 _LOG = logging.getLogger(__name__)
-NAMES = ("shapes", "folder", "images", "tfds")
+NAMES = ("shapes", "kinds", "folder", "images", "tfds")
 _LONG_SIDE = 480  # of the automatic size, when images differ
 
 
@@ -62,8 +62,8 @@ def create(
     """Makes the source `name`.
 
     Args:
-      name: "shapes" (drawn, needs nothing), "folder" (images and masks), "images" (without masks) or
-        "tfds".
+      name: "shapes" or "kinds" (drawn, need nothing), "folder" (images and masks), "images" (without
+        masks) or "tfds".
       split: "train", "val" or "test"; for tfds any split it knows.
       root: the folder to read; for tfds its data_dir.
       categories: those to read; empty for all.
@@ -85,10 +85,11 @@ def create(
         from jaxseg.data.tfds_source import Tfds
 
         return Tfds(split, root=root, categories=categories, **options)
-    if name == "shapes":
-        from jaxseg.data.shapes import Shapes
+    if name in ("shapes", "kinds"):
+        from jaxseg.data import shapes
 
-        return Shapes(split, categories=tuple(categories), **options)
+        kind = {"shapes": shapes.Shapes, "kinds": shapes.Kinds}[name]
+        return kind(split, categories=tuple(categories), **options)
     raise DataError(f"unknown data source {name!r}: allowed are {', '.join(NAMES)}")
 
 
