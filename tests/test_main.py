@@ -44,7 +44,7 @@ def test_another_config_is_refused(workdir):
         (["--config.seed=x"], "config.seed='x' is no int"),
         (["--config.head.name=nope"], "config.head.name is 'nope'; allowed: "),
         (["--config.eval.split=all"], "allowed: train, val, test"),
-        (["--mode=fly"], "train, eval, predict|train\\|eval\\|predict"),
+        (["--mode=fly"], "train\\|eval\\|analyze\\|predict"),
         (["stray"], "stray"),
         (["--config.data.name=folder", "--config.data.root=nowhere"], "nowhere"),
         (

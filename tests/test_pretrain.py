@@ -1,0 +1,153 @@
+"""Pretraining, its evaluation and analysis, and the use of what it learnt, on the smallest run."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import DINO_OVERRIDES, run_main, tiny_arguments, tiny_config
+
+from configs import dino, rotation
+from jaxseg import analyze, modes, pretrain, run, weights
+from jaxseg.config import ConfigError
+
+LABELLED = {"data.name": "kinds", "data.limit": 22, "eval.limit": 12, "eval.k": 5, "train.eval_every": 3}
+
+
+def _config(module=dino, **changes):
+    config = module.get_config()
+    known = {k: v for k, v in (DINO_OVERRIDES | LABELLED).items() if _has(config, k)}
+    config.update_from_flattened_dict(known | {k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def _has(config, key):
+    section, name = key.split(".")
+    return section in config and name in config[section]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dino") / "w"
+    pretrain.train(_config(), workdir)
+    return workdir
+
+
+def test_what_a_run_leaves(workdir):
+    result = json.loads((workdir / "eval.json").read_text())
+    assert result["step"] == 6 and result["images"] == 12
+    for key in ("loss", "knn", "rankme", "embedding_std"):
+        assert np.isfinite(result[key])
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows if "val_knn" in row} == {3, 6}
+    assert {"teacher_kl", "center_norm", "images_per_second"} <= rows[0].keys()
+    assert len(list((workdir / "features").glob("*.npz"))) == 2
+
+
+def test_evaluation_repeats_the_numbers(workdir):
+    before = (workdir / "eval.json").read_text()
+    pretrain.evaluate(workdir, {})
+    assert (workdir / "eval.json").read_text() == before
+
+
+def test_the_teacher_is_the_backbone_that_others_load(workdir, tmp_path):
+    loaded = weights.load(workdir)
+    state = pretrain.restore(workdir, {}).state
+    teacher = state.extra["teacher"]["backbone"]
+    np.testing.assert_array_equal(loaded.params["cls_token"], teacher["cls_token"])
+    assert not np.array_equal(loaded.params["cls_token"], state.params["backbone"]["cls_token"])
+    config = tiny_config(backbone__weights=str(workdir), train__steps=2)
+    run.train(config, tmp_path / "w")
+    frozen = run.restore(tmp_path / "w", {}).frozen["backbone"]
+    np.testing.assert_array_equal(frozen["cls_token"], teacher["cls_token"])
+
+
+def test_analysis_of_a_run(workdir):
+    result = analyze.analyze(None, {}, workdir)
+    assert result == json.loads((workdir / "analysis.json").read_text())
+    assert set(result["beside"]) == {"backbone", "untrained", "pixels"}
+    for row in result["beside"].values():
+        assert 0 <= row["knn"] <= 1 and 0 <= row["linear"] <= 1 and row["rankme"] > 0
+    # `kinds` has masks, so the attention is compared with them.
+    assert 0 < result["attention_jaccard"]["best_head"] < 1
+    pictures = {path.name for path in (workdir / "report").glob("*.png")}
+    assert {"tsne.png", "attention.png", "pca.png", "confusion.png", "curves.png"} <= pictures
+    page = (workdir / "report/analysis.html").read_text()
+    assert all(name in page for name in pictures)
+
+
+def test_analysis_of_weights(workdir, tmp_path):
+    config = _config(backbone__weights=str(workdir))
+    result = analyze.analyze(config, {}, tmp_path / "a")
+    again = analyze.analyze(None, {}, workdir)
+    for key in ("knn", "rankme", "embedding_std"):
+        assert result[key] == pytest.approx(again[key], rel=1e-4)
+    with pytest.raises(ConfigError, match="holds no run; to analyse weights give"):
+        analyze.analyze(_config(), {}, tmp_path / "b")
+
+
+def test_rotation(tmp_path):
+    config = _config(rotation, views__size=32, train__steps=3, backbone__variant="resnet10_mini")
+    result = pretrain.train(config, tmp_path)
+    assert 0 <= result["rotation_accuracy"] <= 1 and np.isfinite(result["loss"])
+    found = analyze.analyze(None, {}, tmp_path)
+    assert "attention_jaccard" not in found and found["knn"] == pytest.approx(result["knn"], abs=1)
+
+
+def test_batch_norm_and_every_crop_size(tmp_path):
+    config = _config(
+        backbone__variant="resnet10_mini",
+        dino__batch_norm=True,
+        views__local_size=24,
+        train__steps=2,
+        train__eval_every=0,
+    )
+    assert np.isfinite(pretrain.train(config, tmp_path)["loss"])
+
+
+def test_unlabelled_images_have_no_knn(tmp_path):
+    config = _config(data__name="shapes", train__steps=2)
+    result = pretrain.train(config, tmp_path)
+    assert "knn" not in result and np.isfinite(result["rankme"])
+
+
+def test_modes_that_do_not_fit(workdir, tmp_path):
+    options = dict(config=None, overrides={}, inputs="x", outputs="y")
+    with pytest.raises(ConfigError, match="a run of dino, which predicts no masks"):
+        modes.main("predict", workdir=workdir, **options)
+    config = tiny_config(train__steps=1)
+    run.train(config, tmp_path / "s")
+    with pytest.raises(ConfigError, match="holds a run of segmentation; to analyse its backbone"):
+        modes.main("analyze", workdir=tmp_path / "s", **options)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "views.global_size",
+            33,
+            "config.views.global_size is 33; allowed: multiples of the patch 8",
+        ),
+        ("views.local_scale", (0.5, 0.2), "config.views.local_scale is .* 0 < low <= high <= 1"),
+        ("views.blur", (0.5, 2.0, 0.0), "config.views.blur is .*three probabilities"),
+        ("train.accumulate", 3, "config.train.accumulate is 3; allowed: divisors of .*batch=8"),
+        ("dino.teacher_temperature", 0.0, "config.dino.teacher_temperature is 0.0; allowed"),
+        ("backbone.variant", "vgg", "config.backbone.variant is 'vgg'; allowed: .*resnet18"),
+        ("eval.train_split", "all", "config.eval.train_split is 'all'; allowed: train, val, test"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path, key, value, message):
+    config = _config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=message):
+        pretrain.train(config, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_from_the_command_line(tmp_path):
+    arguments = tiny_arguments(DINO_OVERRIDES, train__steps=2)
+    done = run_main("--config=configs/dino.py:small_batch", f"--workdir={tmp_path}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "test at step 2, 8 images" in done.stdout
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["dino"]["momentum"] == 0.9995
