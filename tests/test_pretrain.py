@@ -85,6 +85,7 @@ def test_analysis_of_weights(workdir, tmp_path):
         analyze.analyze(_config(), {}, tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_rotation(tmp_path):
     config = _config(rotation, views__size=32, train__steps=3, backbone__variant="resnet10_mini")
     result = pretrain.train(config, tmp_path)
@@ -93,6 +94,7 @@ def test_rotation(tmp_path):
     assert "attention_jaccard" not in found and found["knn"] == pytest.approx(result["knn"], abs=1)
 
 
+@pytest.mark.slow
 def test_batch_norm_and_every_crop_size(tmp_path):
     config = _config(
         backbone__variant="resnet10_mini",
@@ -104,6 +106,7 @@ def test_batch_norm_and_every_crop_size(tmp_path):
     assert np.isfinite(pretrain.train(config, tmp_path)["loss"])
 
 
+@pytest.mark.slow
 def test_unlabelled_images_have_no_knn(tmp_path):
     config = _config(data__name="shapes", train__steps=2)
     result = pretrain.train(config, tmp_path)
