@@ -142,7 +142,7 @@ def get_pretraining_config() -> ml_collections.ConfigDict:
     )
     config.eval.update(
         train_split="train",  # whose labelled images k-NN compares with
-        limit=2000,  # images of each split that are compared during training; 0 = all
+        limit=2000,  # images of each split, evenly spaced, that k-NN compares; 0 = all
         resolution=0,  # shorter side of the images that the backbone sees; 0 = theirs
         k=20,
         temperature=0.07,

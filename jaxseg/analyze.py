@@ -109,6 +109,16 @@ class _Analysis:
             return {k: out[k] for k in ("patches", "attention") if k in out}
 
         self._apply = jax.jit(look)
+        embed = pretrain.make_embedding(config, backbone)
+
+        def compute(variables, batch):
+            small = batch["image"].astype(jnp.float32) / 255.0
+            # At most 32 x 32, which is CIFAR's size and enough for a baseline.
+            side = (min(32, small.shape[1]), min(32, small.shape[2]))
+            small = jax.image.resize(small, (len(small), *side, 3), "linear")
+            return {**embed(variables, batch), "pixels": small.reshape(len(small), -1)}
+
+        self._gather = features.Gatherer(compute, mesh)
 
     def run(self) -> dict[str, Any]:
         found = self._features(self.held_out, self.variables)
@@ -129,18 +139,7 @@ class _Analysis:
         """`cls` and, as a baseline, `pixels` of all images of a source."""
         reader = pretrain.Reader(self.config, source, self.size)
         batches, count = reader.spread(0)
-        embed = pretrain.make_embedding(self.config, self.backbone)
-
-        def compute(variables, batch):
-            small = batch["image"].astype(jnp.float32) / 255.0
-            # At most 32 x 32, which is CIFAR's size and enough for a baseline.
-            side = (min(32, small.shape[1]), min(32, small.shape[2]))
-            small = jax.image.resize(small, (len(small), *side, 3), "linear")
-            return {**embed(variables, batch), "pixels": small.reshape(len(small), -1)}
-
-        return features.gather(
-            compute, variables, batches, mesh=self.mesh, total=count, label="features"
-        )
+        return self._gather(variables, batches, total=count, label="features")
 
     def _classes(self, found: Mapping[str, np.ndarray]) -> None:
         """k-NN and linear probe, beside the same network untrained and beside raw pixels."""

@@ -243,7 +243,16 @@ class Judge:
                 f"the classes of split {config.eval.train_split} are {reference.categories}, those "
                 f"of {config.eval.split} are {held_out.categories}: they must be the same"
             )
-        self._embed = make_embedding(config, task.backbone)
+        self._embed = features.Gatherer(make_embedding(config, task.backbone), mesh)
+        rng = jax.random.key(config.seed)
+
+        def score(state, batch):
+            # A padding row's index is 0; it counts for nothing.
+            batch = {**batch, "row": batch["index"]}
+            loss, found = task.loss(state.params, state.extra, batch, rng, state.step)
+            return {"loss": loss, **found["scores"]}, batch["valid"].sum()
+
+        self._score = jax.jit(score)
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """(metrics, features `cls` [N, D] of the held-out images with `index` and `category`)."""
@@ -252,7 +261,7 @@ class Judge:
         scores = self._scores(state, batches)
         backbone = self._task.backbone_variables(state.best_params, state.extra)
         batches, count = self._held_out.spread(limit)
-        found = features.gather(self._embed, backbone, batches, mesh=self._mesh, total=count)
+        found = self._embed(backbone, batches, total=count)
         metrics = {
             **scores,
             "rankme": rank.rankme(found["cls"]),
@@ -260,7 +269,7 @@ class Judge:
         }
         if len(self._classes) > 1:
             batches, count = self._reference.spread(limit)
-            train = features.gather(self._embed, backbone, batches, mesh=self._mesh, total=count)
+            train = self._embed(backbone, batches, total=count)
             k = min(self._config.eval.k, count)
             metrics["knn"] = knn.knn_accuracy(
                 train["cls"],
@@ -275,17 +284,9 @@ class Judge:
 
     def _scores(self, state: TrainState, batches) -> dict[str, float]:
         """Mean loss and scores; an example's crops follow from the seed and its index alone."""
-        rng = jax.random.key(self._config.seed)
-
-        def step(state, batch):
-            # A padding row's index is 0; it counts for nothing.
-            batch = {**batch, "row": batch["index"]}
-            loss, found = self._task.loss(state.params, state.extra, batch, rng, state.step)
-            return {"loss": loss, **found["scores"]}, batch["valid"].sum()
-
-        step = jax.jit(step)
         parts = [
-            jax.device_get(step(state, partition.put_batch(self._mesh, batch))) for batch in batches
+            jax.device_get(self._score(state, partition.put_batch(self._mesh, batch)))
+            for batch in batches
         ]
         total = sum(n for _, n in parts)
         return {key: float(sum(s[key] * n for s, n in parts) / total) for key in parts[0][0]}

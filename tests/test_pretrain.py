@@ -10,7 +10,13 @@ from configs import dino, rotation
 from jaxseg import analyze, modes, pretrain, run, weights
 from jaxseg.config import ConfigError
 
-LABELLED = {"data.name": "kinds", "data.limit": 22, "eval.limit": 12, "eval.k": 5, "train.eval_every": 3}
+LABELLED = {
+    "data.name": "kinds",
+    "data.limit": 22,
+    "eval.limit": 12,
+    "eval.k": 5,
+    "train.eval_every": 3,
+}
 
 
 def _config(module=dino, **changes):
