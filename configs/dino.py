@@ -114,11 +114,11 @@ def _small(config: ml_collections.ConfigDict) -> None:
 
 
 def _laptop(config: ml_collections.ConfigDict) -> None:
-    config.backbone.variant = "vit_mini8"
-    config.views.local_count = 4
-    config.dino.update(momentum=0.99, freeze_last_layer=0.2)
-    config.optim.update(lr=2e-3, lr_batch=0, weight_decay_end=-1.0)
-    config.train.update(batch=64, eval_every=500, log_every=25)
+    config.backbone.variant = "resnet10_mini"
+    config.views.local_count = 2
+    config.dino.update(outputs=1024, batch_norm=True, momentum=0.99, freeze_last_layer=0.5)
+    config.optim.update(lr=1e-3, lr_batch=0, weight_decay_end=-1.0)
+    config.train.update(batch=64, epochs=9.0, eval_every=500, log_every=25)
     config.eval.batch = 100
 
 
@@ -131,6 +131,6 @@ def _shapes(config: ml_collections.ConfigDict) -> None:
     config.dino.update(
         outputs=1024, hidden=1024, batch_norm=True, momentum=0.99, freeze_last_layer=0.2
     )
-    config.optim.update(lr=1e-3, lr_batch=0, weight_decay_end=-1.0)
+    config.optim.update(lr=5e-4, lr_batch=0, weight_decay_end=-1.0)
     config.train.update(batch=64, epochs=10.0, eval_every=300, log_every=25)
     config.eval.update(split="test", limit=1100, batch=100)

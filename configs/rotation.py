@@ -7,7 +7,7 @@ The other pretext task, on the data, the backbones, the loop and the analysis of
 compared with it at equal time. Paper: ResNet-50 on ImageNet, 48.2 linear top-1.
 
 Presets, after a colon:
-  laptop    images of 32 x 32, the ViT of `configs/dino.py:laptop`.
+  laptop    images of 32 x 32, the network of `configs/dino.py:laptop`.
   runlocal  ten steps, to see that everything works.
 """
 

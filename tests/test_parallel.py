@@ -131,8 +131,8 @@ def pretrained(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "devices, changes",
-    [(8, []), (8, ["--config.sharding.params=fsdp"]), (1, ["--config.train.accumulate=4"])],
-    ids=["eight devices", "fsdp", "four parts"],
+    [(8, ["--config.sharding.params=fsdp"]), (1, ["--config.train.accumulate=4"])],
+    ids=["eight devices, fsdp", "four parts"],
 )
 def test_pretraining_is_the_same(pretrained, tmp_path, devices, changes):
     _assert_same_teacher(pretrained, _pretrain(tmp_path / "w", devices, *changes))

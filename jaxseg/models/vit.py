@@ -57,7 +57,6 @@ VARIANTS: dict[str, Variant] = {
         Variant("vit_micro16", 16, 128, 4, 4, grid=8),
         Variant("vit_micro8", 8, 128, 4, 4, grid=16),
         # Ours, for images of 32 x 32.
-        Variant("vit_mini8", 8, 192, 6, 3, grid=4),
         Variant("vit_shapes8", 8, 192, 6, 3, grid=8),
         Variant("vit_small4", 4, 384, 12, 6, grid=8),
     ]
