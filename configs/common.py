@@ -107,7 +107,7 @@ def get_segmentation_config() -> ml_collections.ConfigDict:
     config.head = ml_collections.ConfigDict(
         dict(
             name="guided",  # each head reads the options under its own name
-            guided=dict(width=96, dropout=0.1, guide_widths=(16, 32, 64), linear=False),
+            guided=dict(width=96, dropout=0.1, guide_widths=(16, 32, 64)),
             pac_joint=dict(channels=32, guide_channels=16),
         )
     )

@@ -70,27 +70,6 @@ class TokenContext(nn.Module):
         return x
 
 
-class LinearContext(nn.Module):
-    """Tokens by themselves, without any nonlinearity: `B x h x w x width`.
-
-    Standardised, less the image's mean token, then projected. It cannot learn what surrounds the
-    training objects, so on frozen pretrained features it finds objects never seen in training more
-    often than `TokenContext`. Two linear layers (this and the classifier) where one would do, because
-    Muon then steps equally far along the strong and the weak directions of the features.
-    """
-
-    width: int = 96
-    dropout: float = 0.1
-
-    @nn.compact
-    def __call__(self, features_BxhxwxC: jax.Array, *, train: bool = False) -> jax.Array:
-        x = features_BxhxwxC.astype(jnp.float32)
-        x = nn.LayerNorm(use_bias=False, use_scale=False, name="standardise")(x)
-        x = x - x.mean((1, 2), keepdims=True)
-        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
-        return nn.Dense(self.width, name="project")(x)
-
-
 class GuidedDecoder(nn.Module):
     """Segmentation head: token context, then an image-guided decoder in space-to-depth form.
 
@@ -103,7 +82,6 @@ class GuidedDecoder(nn.Module):
       dilations: of the context's convolutions.
       dropout: of feature channels, in training.
       guide_widths: channels at 1/2, 1/4, 1/8, ... of the image; the last one repeats.
-      linear: `LinearContext` in place of `TokenContext`.
     """
 
     outputs: int = 1
@@ -111,7 +89,6 @@ class GuidedDecoder(nn.Module):
     dilations: tuple[int, ...] = (1, 2, 4)
     dropout: float = 0.1
     guide_widths: tuple[int, ...] = (16, 32, 64)
-    linear: bool = False
 
     @nn.compact
     def __call__(
@@ -126,11 +103,9 @@ class GuidedDecoder(nn.Module):
           ValueError: if the sizes do not differ by the same power of two.
         """
         n = stages(features_BxhxwxC, image_BxHxWx3)
-        if self.linear:
-            tokens = LinearContext(self.width, self.dropout, name="context")
-        else:
-            tokens = TokenContext(self.width, self.dilations, self.dropout, name="context")
-        x = tokens(features_BxhxwxC, train=train)
+        x = TokenContext(self.width, self.dilations, self.dropout, name="context")(
+            features_BxhxwxC, train=train
+        )
         context = nn.Dense(self.outputs, name="classify")(x)
         pyramid = self._pyramid(image_BxHxWx3, n - 1)
         logits = context
