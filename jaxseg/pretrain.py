@@ -173,7 +173,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """Pretrains (or resumes) the run in `workdir` and evaluates it.
 
     Returns:
-      What is written to `eval.json`.
+      What is written to `eval.json`; nothing, with a warning, where there is no split to score on.
     """
     validate(config)
     source = make_source(config, "train")
@@ -215,7 +215,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             if config.task == "dino"
             else None,
         ).run(params, {})
-    return evaluate(workdir, {})
+    try:
+        return evaluate(workdir, {})
+    except DataError as error:
+        log.warning(
+            "the run is saved, but not scored: %s. --mode=eval with --config.eval.split=train scores it "
+            "on the images it was trained on",
+            error,
+        )
+        return {}
 
 
 class Judge:
@@ -267,9 +275,12 @@ class Judge:
             "rankme": rank.rankme(found["cls"]),
             "embedding_std": rank.embedding_std(found["cls"]),
         }
-        if len(self._classes) > 1:
-            batches, count = self._reference.spread(limit)
-            train = self._embed(backbone, batches, total=count)
+        if len(self._classes) < 2:
+            return metrics, found
+        batches, count = self._reference.spread(limit)
+        train = self._embed(backbone, batches, total=count)
+        # Images that lie in no class's folder have category -1.
+        if min(found["category"].min(), train["category"].min()) >= 0:
             k = min(self._config.eval.k, count)
             metrics["knn"] = knn.knn_accuracy(
                 train["cls"],

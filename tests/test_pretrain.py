@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import DINO_OVERRIDES, run_main, tiny_arguments, tiny_config
 
 from configs import dino, rotation
@@ -117,6 +118,19 @@ def test_unlabelled_images_have_no_knn(tmp_path):
     config = _config(data__name="shapes", train__steps=2)
     result = pretrain.train(config, tmp_path)
     assert "knn" not in result and np.isfinite(result["rankme"])
+
+
+def test_a_folder_without_splits_trains_and_says_that_it_is_not_scored(tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"images/{i}.png")
+    config = _config(data__name="images", data__root=str(tmp_path / "images"), train__steps=1)
+    config.eval.split = "val"
+    assert pretrain.train(config, tmp_path / "w") == {}
+    assert "the run is saved, but not scored" in caplog.text and "no split 'val'" in caplog.text
+    result = pretrain.evaluate(tmp_path / "w", {"eval.split": "train"})
+    assert result["images"] == 4 and np.isfinite(result["loss"])
 
 
 def test_modes_that_do_not_fit(workdir, tmp_path):
