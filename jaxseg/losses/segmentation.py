@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxseg.losses.multiclass import lovasz_hinge
 
-def _pixels(*arrays: jax.Array) -> list[jax.Array]:
-    return [jnp.asarray(a, jnp.float32).reshape(a.shape[0], -1) for a in arrays]
+
+def _pixels(logits, labels, valid) -> list[jax.Array]:
+    arrays = (logits, labels, valid)
+    logits, labels, valid = (jnp.asarray(a, jnp.float32).reshape(a.shape[0], -1) for a in arrays)
+    # Before any arithmetic: the gradient of a masked result would still be NaN.
+    return [jnp.where(valid > 0, logits, 0.0), labels, valid]
 
 
 def _masked_mean(values_BxN: jax.Array, valid_BxN: jax.Array) -> jax.Array:
-    # `where` rather than a product: a non-finite value behind the mask must not reach the sum.
     total = jnp.where(valid_BxN > 0, values_BxN, 0.0).sum(-1)
     return total / jnp.maximum((valid_BxN > 0).sum(-1), 1)
 
@@ -78,6 +82,7 @@ BINARY: dict[str, Callable[..., jax.Array]] = {
     "dice": dice,
     "focal": focal,
     "jaccard": jaccard,
+    "lovasz": lovasz_hinge,
 }
 
 

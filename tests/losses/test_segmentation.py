@@ -9,6 +9,8 @@ from jaxseg.losses import segmentation
 
 
 def _numpy_loss(name, logits, labels, valid):
+    if name == "lovasz":
+        return _numpy_lovasz(logits[valid], labels[valid])
     p = 1 / (1 + np.exp(-logits.astype(np.float64)))
     pairs = [(pi, li) for pi, li, vi in zip(p.flat, labels.flat, valid.flat, strict=True) if vi]
     if not pairs:
@@ -26,6 +28,20 @@ def _numpy_loss(name, logits, labels, valid):
     if name == "dice":
         return 1 - (2 * both + 1) / (predicted + true + 1)
     return 1 - (both + 1) / (predicted + true - both + 1)
+
+
+def _numpy_lovasz(logits, labels):
+    """Berman et al., CVPR 2018, eq. 7: hinge errors, largest first, times the growth of the loss."""
+    order = sorted(range(len(logits)), key=lambda i: -(1 - (2 * labels[i] - 1) * logits[i]))
+    wrong, total, before = set(), 0.0, 0.0
+    positive = {i for i, label in enumerate(labels) if label}
+    for i in order:
+        wrong.add(i)
+        # Jaccard loss if exactly the pixels in `wrong` were predicted wrongly.
+        loss = 1 - len(positive - wrong) / len(positive | wrong)
+        total += max(0.0, 1 - (2 * labels[i] - 1) * logits[i]) * (loss - before)
+        before = loss
+    return total
 
 
 @pytest.mark.parametrize("name", segmentation.BINARY)
