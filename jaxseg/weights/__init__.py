@@ -8,36 +8,40 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxseg.models.vit import Variant, get_variant
-from jaxseg.weights import catalog, convert, orbax, safetensors, torch_pickle
+from jaxseg.models.backbones import BACKBONES, AnyVariant
+from jaxseg.models.resnet import ResNetVariant
+from jaxseg.weights import catalog, convert, orbax, resnet, safetensors, torch_pickle
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters of a backbone: nested dict of float32 NumPy arrays in the layout of `ViT`.
+    """Parameters of a backbone: nested dict of float32 NumPy arrays in the layout of its module.
 
-    `source` is the file they came from and `digest` its sha256.
+    `source` is the file they came from and `digest` its sha256. `statistics` are the running means
+    and variances of batch norm (`batch_stats` of a `ResNet`), {} where there is none.
     """
 
     params: dict[str, Any]
-    variant: Variant
+    variant: AnyVariant
     source: str
     digest: str
+    statistics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(
     name_or_path: str | Path,
     *,
-    variant: Variant | str | None = None,
+    variant: AnyVariant | str | None = None,
     cache_dir: str | Path | None = None,
     branch: str = "teacher",
 ) -> Weights:
     """Loads pretrained weights.
 
     Args:
-      name_or_path: a name in `catalog.CATALOG` (downloaded once), a `.pth` or `.safetensors` file,
-        or the workdir of one of our own runs.
-      variant: a name in `VARIANTS` or a Variant that the file must fit; inferred if None.
+      name_or_path: a name in `catalog.CATALOG` (downloaded once), a `.pth` or `.safetensors` file
+        (a ViT of the DINO family or a ResNet in torchvision's layout), or the workdir of one of our
+        own runs.
+      variant: a name in `BACKBONES` or a variant that the file must fit; inferred if None.
       cache_dir: where downloads are kept; see `catalog.cache_folder`.
       branch: "teacher" or "student", for training files that hold both.
 
@@ -47,11 +51,11 @@ def load(
     """
     if branch not in ("teacher", "student"):
         raise ValueError(f"branch is {branch!r}: allowed are 'teacher' and 'student'")
-    if variant is not None:
-        variant = get_variant(variant)
+    if isinstance(variant, str):
+        variant = _named(variant)
     path = Path(name_or_path).expanduser()
     if str(name_or_path) in catalog.CATALOG:
-        variant = variant or get_variant(str(name_or_path))
+        variant = variant or _named(str(name_or_path))
         path = catalog.fetch(str(name_or_path), cache_dir=cache_dir)
     if path.is_dir():
         return _load_orbax(path)
@@ -61,8 +65,20 @@ def load(
         )
     digest = _sha256(path, expected=catalog.CATALOG.get(str(name_or_path)))
     tensors = convert.pick_branch(_read(path), branch=branch, source=str(path))
+    found = resnet.is_resnet(tensors)
+    if variant is not None and isinstance(variant, ResNetVariant) != found:
+        raise ValueError(f"{path} holds {'a' if found else 'no'} ResNet, not a {variant.name}")
+    if found:
+        params, statistics, variant = resnet.to_flax(tensors, str(path), variant=variant)
+        return Weights(params, variant, str(path), digest, statistics)
     params, variant = convert.to_flax(tensors, variant=variant, source=str(path))
     return Weights(params, variant, str(path), digest)
+
+
+def _named(name: str) -> AnyVariant:
+    if name not in BACKBONES:
+        raise ValueError(f"no backbone is called {name!r}: allowed are {', '.join(BACKBONES)}")
+    return BACKBONES[name]
 
 
 def _sha256(path: Path, *, expected: catalog.Entry | None) -> str:
@@ -83,8 +99,8 @@ def _read(path: Path) -> Any:
 
 
 def _load_orbax(path: Path) -> Weights:
-    params, variant = orbax.read(path)
+    params, statistics, variant = orbax.read(path)
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves((params, statistics)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    return Weights(params, variant, str(path), digest.hexdigest())
+    return Weights(params, variant, str(path), digest.hexdigest(), statistics)

@@ -16,6 +16,9 @@ from jaxseg.models.vit import VARIANTS, Variant
 
 _log = logging.getLogger(__name__)
 
+# Name in the release: (path in our parameters, shape in the release, transform).
+Expected = dict[str, tuple[str, tuple[int, ...], Callable[[np.ndarray], np.ndarray]]]
+
 # Hugging Face: ViTModel (facebook/dino-vits16), Dinov2Model and Dinov2WithRegistersModel.
 _HF_NAMES = [
     (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
@@ -52,7 +55,7 @@ def pick_branch(tree: Any, *, branch: str = "teacher", source: str) -> Mapping[s
         raise ValueError(f"{source} holds a {type(tree).__name__}, not a dict of tensors")
     tensors = {str(k): v for k, v in tree.items() if hasattr(v, "shape")}
     if not tensors:
-        raise ValueError(f"{source} holds no tensors; its keys are {_some(map(str, tree))}")
+        raise ValueError(f"{source} holds no tensors; its keys are {some_of(map(str, tree))}")
     return tensors
 
 
@@ -86,17 +89,42 @@ def to_flax(
             f"{source} is {variant.dim} wide, no multiple of 64: the number of heads cannot be "
             "inferred from it, give the variant"
         )
-    expected = _expected(variant)
-    _check(found, shapes, expected, f"{source} as {variant.name}")
-    params: dict[str, Any] = {}
+    params = fill(tensors, found, _expected(variant), f"{source} as {variant.name}")
+    return params, variant
+
+
+def fill(
+    tensors: Mapping[str, Any],
+    found: Mapping[str, tuple[str, ...]],
+    expected: Expected,
+    source: str,
+) -> dict[str, Any]:
+    """Puts every expected tensor in its place.
+
+    Args:
+      tensors: arrays, or objects with `shape` and `read()`, under the file's names.
+      found: the file's names of each tensor, under its expected name; several are joined along the
+        first axis.
+      expected: what must be there, no more and no less.
+      source: what to call the file in messages.
+
+    Returns:
+      Nested dict of float32 arrays.
+
+    Raises:
+      ValueError: tensors missing, unknown or of another shape or dtype, all named.
+    """
+    shapes = {name: _joint_shape([tensors[o] for o in found[name]]) for name in found}
+    _check(found, shapes, expected, source)
+    tree: dict[str, Any] = {}
     for name, (path, _, transform) in expected.items():
         array = np.concatenate([_float32(tensors[o], f"{source}: {o}") for o in found[name]])
         *parents, leaf = path.split("/")
-        node = params
+        node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = np.ascontiguousarray(transform(array))
-    return params, variant
+    return tree
 
 
 def _rename(tensors: Mapping[str, Any], source: str) -> dict[str, tuple[str, ...]]:
@@ -137,7 +165,7 @@ def infer_variant(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Vari
     if not blocks or len(pos) != 3 or pos[1] < 2:
         raise ValueError(
             f"{source} is not a ViT of DINO or DINOv2 (no patch embedding of RGB images, position "
-            f"embedding and blocks): it holds {_some(shapes)}"
+            f"embedding and blocks): it holds {some_of(shapes)}"
         )
     dim = patch[0]
     registers = shapes.get("register_tokens", ())
@@ -160,10 +188,10 @@ def infer_variant(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Vari
     return Variant(name=f"vit{fields['patch']}_{dim}x{fields['depth']}", **fields, **resizing)
 
 
-def _expected(v: Variant) -> dict[str, tuple[str, tuple[int, ...], Callable[..., np.ndarray]]]:
+def _expected(v: Variant) -> Expected:
     """Maps names in the DINO release to (Flax path, shape in the release, transform)."""
     d, hidden = v.dim, v.mlp_ratio * v.dim
-    table: dict[str, tuple[str, tuple[int, ...], Callable[..., np.ndarray]]] = {}
+    table: Expected = {}
 
     def same(name: str, path: str, *shape: int) -> None:
         table[name] = (path, shape, np.asarray)
@@ -181,7 +209,7 @@ def _expected(v: Variant) -> dict[str, tuple[str, tuple[int, ...], Callable[...,
     if v.registers:
         same("register_tokens", "register_tokens", 1, v.registers, d)
     shape = (d, 3, v.patch, v.patch)
-    table["patch_embed.proj.weight"] = ("patch_embed/kernel", shape, _conv_kernel)
+    table["patch_embed.proj.weight"] = ("patch_embed/kernel", shape, conv_kernel)
     same("patch_embed.proj.bias", "patch_embed/bias", d)
     for i in range(v.depth):
         theirs, ours = f"blocks.{i}", f"blocks_{i}"
@@ -198,14 +226,15 @@ def _expected(v: Variant) -> dict[str, tuple[str, tuple[int, ...], Callable[...,
     return table
 
 
-def _conv_kernel(weight_DxCxpxp: np.ndarray) -> np.ndarray:
+def conv_kernel(weight_DxCxpxp: np.ndarray) -> np.ndarray:
+    """A convolution's weight in Flax's order of axes, `p x p x C x D`."""
     return weight_DxCxpxp.transpose(2, 3, 1, 0)
 
 
 def _check(
     found: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[str, tuple[int, ...], Any]],
+    expected: Expected,
     source: str,
 ) -> None:
     """Raises one ValueError that names every missing, unknown and misshapen tensor."""
@@ -232,6 +261,7 @@ def _names(groups: Iterable[tuple[str, ...]]) -> str:
     return ", ".join(name for group in groups for name in group)
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
+    """The first five names, and how many there are."""
     names = list(names)
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")

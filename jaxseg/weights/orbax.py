@@ -11,11 +11,12 @@ import orbax.checkpoint as ocp
 from jaxseg.models import backbones
 
 
-def read(workdir: Path) -> tuple[dict[str, Any], backbones.AnyVariant]:
+def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Any], backbones.AnyVariant]:
     """Reads backbone parameters, those last saved: of a teacher or moving average where there is one.
 
     Returns:
-      (nested dict of NumPy arrays in the layout of `ViT`, its variant).
+      (nested dict of NumPy arrays in the layout of `ViT` or `ResNet`, the running statistics of its
+      batch norm or {}, its variant).
 
     Raises:
       ValueError: the folder is not a workdir, holds no checkpoint, or the checkpoint is damaged.
@@ -24,21 +25,36 @@ def read(workdir: Path) -> tuple[dict[str, Any], backbones.AnyVariant]:
     if not description.exists():
         raise ValueError(f"{workdir} is no workdir of a run: model.json is missing")
     variant = backbones.from_json(json.loads(description.read_text())["variant"])
-    folders = [workdir / "frozen"] if (workdir / "frozen").exists() else _steps(workdir)
-    if not folders:
+    frozen, steps = workdir / "frozen", _steps(workdir)
+    if not frozen.exists() and not steps:
         raise ValueError(f"{workdir} holds no checkpoint yet")
+    saved = _restore(steps[-1]) if steps else {}
+    kept = _restore(frozen) if frozen.exists() else {}
+    extra = saved.get("extra") or {}
+    trained = extra.get("teacher") or saved.get("average") or saved.get("params") or {}
+    # A backbone may be frozen as a whole, or its first layers.
+    params = trained.get("backbone", {}) | kept.get("backbone", {})
+    return _arrays(params), _arrays(_statistics(extra)), variant
+
+
+def _statistics(extra: dict[str, Any]) -> dict[str, Any]:
+    """Those of the backbone that is read, in the extra state of whatever task it was."""
+    if "statistics" in extra:  # rotation has no others
+        return extra["statistics"]
+    found = extra.get("teacher_statistics") or extra.get("batch_stats") or {}
+    return found.get("backbone") or {}
+
+
+def _arrays(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _restore(folder: Path) -> dict[str, Any]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(folders[-1].absolute())["tree"]
+            return checkpointer.restore(folder.absolute())["tree"]
     except Exception as error:  # Orbax and TensorStore raise many kinds here.
-        raise ValueError(f"{folders[-1]} cannot be read: {error}") from error
-    if "backbone" in tree:  # a frozen copy, which is parameters alone
-        params = tree
-    elif "teacher" in (tree.get("extra") or {}):
-        params = tree["extra"]["teacher"]
-    else:
-        params = tree.get("average") or tree["params"]
-    return jax.tree.map(np.asarray, params["backbone"]), variant
+        raise ValueError(f"{folder} cannot be read: {error}") from error
 
 
 def _steps(workdir: Path) -> list[Path]:

@@ -12,6 +12,7 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),  # the counters of torch's batch norm
 }
 _MAX_HEADER = 100_000_000  # The format's own limit.
 
@@ -19,7 +20,7 @@ _MAX_HEADER = 100_000_000  # The format's own limit.
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a `.safetensors` file by name, mapped from disk and read-only.
 
-    float32, float16 and bfloat16. Raises ValueError, naming the file (and the tensor), if the header
+    float32, float16, bfloat16 and int64. Raises ValueError, naming the file (and the tensor), if the header
     is not valid, a tensor has another dtype, or its bytes lie outside the file.
     """
     path = Path(path)

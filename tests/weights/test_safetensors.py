@@ -33,7 +33,7 @@ def _file(path, header, data=b"", length=None):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}, "x is I64: allowed are F32"),
+        ({"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}, "x is I32: allowed are F32"),
         (
             {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
             "x of shape .* needs 12 bytes.*truncated",
