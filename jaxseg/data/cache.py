@@ -135,9 +135,10 @@ class PreparedSource:
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, index: int, position: int = 0) -> dict[str, Any]:
-        """The example `index` as it is read at `position` of the stream (which decides its flip)."""
-        flipped = bool(self._flip) and self._draw(position) < self._flip
+    def read(self, index: int, position: int = 0, *, flipped: bool | None = None) -> dict[str, Any]:
+        """The example `index` as it is read at `position` of the stream, which decides its flip."""
+        if flipped is None:
+            flipped = bool(self._flip) and self._draw(position) < self._flip
         key = (index, flipped)
         example = self._store.get(key)
         if example is None:

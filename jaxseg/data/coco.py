@@ -97,7 +97,7 @@ class Coco:
         content = _parsed(file)
         with _reading(f"{file}: neither COCO's instances nor aggregated annotations"):
             names = _names(content, file)
-            self.classes = _chosen(names, classes, file)
+            self.classes = self.mask_names = _chosen(names, classes, file)
             annotated = _images(content, folder, file)
         labels = {i: self.classes.index(n) if n in self.classes else 0 for i, n in names.items()}
         _annotate(annotated, labels, content, file)

@@ -130,15 +130,21 @@ def write_mask(path: str | os.PathLike, mask: np.ndarray) -> None:
     write_image(path, (np.asarray(mask) != 0).astype(np.uint8) * 255)
 
 
-def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes a uint8 HxW or HxWx3 array in the format of the suffix, whole or not at all."""
+def write_image(
+    path: str | os.PathLike, image: np.ndarray, *, palette: np.ndarray | None = None
+) -> None:
+    """Writes a uint8 HxW or HxWx3 array in the format of the suffix, whole or not at all.
+
+    With a `palette`, uint8 256x3, an HxW array is stored as it is and shown in these colours.
+    """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     try:
+        picture = Image.fromarray(np.asarray(image))
+        if palette is not None:
+            picture.putpalette(palette.tobytes())
         with os.fdopen(handle, "wb") as file:
-            Image.fromarray(np.asarray(image)).save(
-                file, format=Image.registered_extensions()[path.suffix.lower()]
-            )
+            picture.save(file, format=Image.registered_extensions()[path.suffix.lower()])
         os.chmod(temporary, 0o644)  # mkstemp's files are for the owner only
         os.replace(temporary, path)
     except BaseException:

@@ -70,7 +70,7 @@ class LabelledFolder:
         names = _names(root, tuple(classes))
         self._void = _void_ids(names, void)
         kept = [i for i in range(len(names)) if i not in self._void]
-        self.classes = tuple(names[i] for i in kept)
+        self.classes = self.mask_names = tuple(names[i] for i in kept)
         if not 0 < len(kept) <= _MOST or len(set(self.classes)) < len(kept):
             raise DataError(
                 f"{root}: {len(kept)} classes ({_listed(self.classes)}); allowed are 1 to {_MOST} "

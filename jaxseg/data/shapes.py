@@ -1,5 +1,7 @@
 """The built-in data set `shapes`: find the fish among objects of the same colours and textures.
 
+`Scenes` are the same images with the kind of every object, `Kinds` the objects one by one.
+
 Everything is drawn: no file, no network. Example i follows from (seed, split, i) alone.
 """
 
@@ -70,7 +72,8 @@ class Shapes:
         return {"image": image.copy(), "mask": mask.copy(), "category": category, "name": name}
 
     def _draw(self, index: int, dice: forms.Dice) -> tuple[np.ndarray, np.ndarray]:
-        return draw_scene(dice, self.size)
+        image, kinds = draw_scene(dice, self.size)
+        return image, (kinds == 1 + KINDS.index("fish")).astype(np.uint8)
 
     def _category(self, index: int) -> int:
         return 0
@@ -80,6 +83,19 @@ class Shapes:
 
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+class Scenes(Shapes):
+    """The images of `Shapes` with the kind of every object: for several classes.
+
+    The mask is 0 (background) and 1 + the place of a kind in `KINDS`.
+    """
+
+    all_categories = ("all",)
+    mask_names = ("background", *KINDS)
+
+    def _draw(self, index: int, dice: forms.Dice) -> tuple[np.ndarray, np.ndarray]:
+        return draw_scene(dice, self.size)
 
 
 class Kinds(Shapes):
@@ -102,13 +118,14 @@ class Kinds(Shapes):
 
 
 def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """One image (uint8 HxWx3) and its mask (uint8 HxW, 1 = fish)."""
+    """One image (uint8 HxWx3) and its mask (uint8 HxW: 0, or 1 + the object's place in `KINDS`)."""
     canvas = Canvas(dice, size)
     lot = dice.uniform()
     fishes = 0 if lot < 0.08 else 1 if lot < 0.5 else 2 if lot < 0.87 else 3
     others = round(canvas.height * canvas.width / 128**2 * dice.uniform(3.8, 6.6))
     items = sorted([True] * fishes + [False] * others, key=lambda _: dice.uniform())
     centres, whole = [], {}  # whole: the number of a fish -> its pixels when painted
+    kind = np.zeros(1 + len(items), np.uint8)  # of each number
 
     def keep(window, inside) -> bool:
         """No item may hide more than 15 % of a fish."""
@@ -120,10 +137,10 @@ def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.
         return True
 
     for number, is_fish in enumerate(items, start=1):
-        if is_fish:
-            shape, scale = forms.fish(dice), dice.uniform(26, 38) * (1.14 - 0.14 * fishes)
-        else:
-            shape, scale = dice.pick(forms.DISTRACTORS)(dice), dice.uniform(12, 28)
+        name = "fish" if is_fish else dice.pick(forms.DISTRACTORS).__name__
+        shape = getattr(forms, name)(dice)
+        kind[number] = 1 + KINDS.index(name)
+        scale = dice.uniform(26, 38) * (1.14 - 0.14 * fishes) if is_fish else dice.uniform(12, 28)
         for _ in range(6):
             pose = _pose(dice, canvas, scale, 0.75 * scale if is_fish else 0.0, centres)
             skin = draw_skin(dice, canvas.colour)
@@ -133,8 +150,7 @@ def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.
                 break
         if is_fish and pixels:
             whole[number] = pixels
-    mask = np.isin(canvas.owner, list(whole)).astype(np.uint8)
-    return canvas.finish(dice), mask
+    return canvas.finish(dice), kind[canvas.owner]
 
 
 def draw_kind(dice: forms.Dice, size: tuple[int, int], kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ from PIL import Image
 from jaxseg.data.images import VOID, DataError
 
 _LOG = logging.getLogger(__name__)
-NAMES = ("shapes", "kinds", "folder", "images", "tfds")
+NAMES = ("shapes", "scenes", "kinds", "folder", "labelled", "coco", "images", "tfds")
+DRAWN = ("shapes", "scenes", "kinds")
 _LONG_SIDE = 480  # of the automatic size, when images differ
 
 
@@ -18,7 +19,8 @@ class Source(Protocol):
     """Examples by index. Reading the same index twice gives the same example, from any thread.
 
     A source whose images may differ in size also has `sizes() -> Sequence[(height, width)]` of all
-    examples, found without decoding.
+    examples, found without decoding. One whose masks hold several classes has `mask_names`, the names
+    of the values 0, 1, 2, ...; without it they are 0 (background) and 1.
     """
 
     categories: tuple[str, ...]
@@ -26,7 +28,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict:
-        """image uint8 HxWx3; mask uint8 HxW of 0, 1 and 255 (void), absent if the source has none;
+        """image uint8 HxWx3; mask uint8 HxW of class ids and 255 (void), absent if the source has none;
         category int, an index into `categories`; name str, unique within the source."""
 
 
@@ -35,6 +37,8 @@ class Some:
 
     def __init__(self, source: Source, limit: int):
         self.categories = source.categories
+        if hasattr(source, "mask_names"):
+            self.mask_names = source.mask_names
         self._source = source
         self._chosen = spread(len(source), limit)
 
@@ -62,12 +66,13 @@ def create(
     """Makes the source `name`.
 
     Args:
-      name: "shapes" or "kinds" (drawn, need nothing), "folder" (images and masks), "images" (without
-        masks) or "tfds".
+      name: "shapes", "scenes" or "kinds" (drawn, need nothing); "folder" (images and masks of one
+        class), "labelled" (masks of several), "coco", "images" (without masks) or "tfds".
       split: "train", "val" or "test"; for tfds any split it knows.
       root: the folder to read; for tfds its data_dir.
       categories: those to read; empty for all.
-      **options: of the source's class: `Shapes`, `Folder`, `Images`, `Tfds`.
+      **options: of the source's class: `Shapes`, `Folder`, `LabelledFolder`, `Coco`, `Images`,
+        `Tfds`.
 
     Raises:
       DataError: if the name is unknown, or the source finds something wrong.
@@ -77,6 +82,14 @@ def create(
         from jaxseg.data.folder import Folder
 
         return Folder(root, split, categories=categories, **options)
+    if name == "labelled":
+        from jaxseg.data.labelled_folder import LabelledFolder
+
+        return LabelledFolder(root, split, **options)
+    if name == "coco":
+        from jaxseg.data.coco import Coco
+
+        return Coco(root, split, **options)
     if name == "images":
         from jaxseg.data.image_folder import Images
 
@@ -85,10 +98,10 @@ def create(
         from jaxseg.data.tfds_source import Tfds
 
         return Tfds(split, root=root, categories=categories, **options)
-    if name in ("shapes", "kinds"):
+    if name in DRAWN:
         from jaxseg.data import shapes
 
-        kind = {"shapes": shapes.Shapes, "kinds": shapes.Kinds}[name]
+        kind = {"shapes": shapes.Shapes, "scenes": shapes.Scenes, "kinds": shapes.Kinds}[name]
         return kind(split, categories=tuple(categories), **options)
     raise DataError(f"unknown data source {name!r}: allowed are {', '.join(NAMES)}")
 

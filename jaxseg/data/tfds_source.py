@@ -17,7 +17,7 @@ _PREPARE = (
 
 
 class Tfds:
-    """Images of any TFDS data set, with a binary mask or with a class label.
+    """Images of any TFDS data set, with a binary mask, a mask of several classes, or a class label.
 
     With masks there is one category, "object"; with labels the categories are the label's names. As
     in TFDS itself, images are not turned by their EXIF orientation.
@@ -33,6 +33,8 @@ class Tfds:
         values are 0/255, or ids 0 and 1 with 255 as void (see `images.read_mask`).
       void: the mask values to be ignored, if `foreground` is given. For the trimaps of
         oxford_iiit_pet: foreground=(1,), void=(3,).
+      classes: names of several classes, which then replaces `foreground`. Masks hold the place of a
+        value in `ids` (empty: 0, 1, 2, ...), and 255 where the value is in `void`, or is 255.
       categories: empty, or all.
 
     Raises:
@@ -50,6 +52,8 @@ class Tfds:
         label_key: str = "",
         foreground: Sequence[int] = (),
         void: Sequence[int] = (),
+        classes: Sequence[str] = (),
+        ids: Sequence[int] = (),
         categories: Sequence[str] = (),
     ):
         builder = _prepared(dataset, root)
@@ -73,6 +77,14 @@ class Tfds:
         self._image_key, self._mask_key = image_key, mask_key
         self._label_key = "" if mask_key else label_key
         self._foreground, self._void = tuple(foreground), tuple(void)
+        self._ids = tuple(ids) or tuple(range(len(classes)))
+        if classes:
+            if not mask_key or len(self._ids) != len(classes):
+                raise DataError(
+                    f"{dataset}: {len(classes)} classes in data.classes, {len(self._ids)} values in "
+                    f"data.tfds.ids, masks in {mask_key!r}; each class needs one value in the masks"
+                )
+            self.mask_names = tuple(classes)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -110,6 +122,8 @@ class Tfds:
     def _mask(self, stored: bytes | np.ndarray, where: str) -> np.ndarray:
         raw = _decoded(stored, lambda image: to_values(image, where), where)
         raw = raw[..., 0] if raw.ndim == 3 else raw
+        if hasattr(self, "mask_names"):
+            return self._class_mask(raw, where)
         if not self._foreground:
             try:
                 return binary_mask(raw, where)
@@ -117,6 +131,21 @@ class Tfds:
                 raise DataError(f"{error}; or name the foreground values") from error
         mask = np.isin(raw, self._foreground).astype(np.uint8)
         mask[np.isin(raw, self._void)] = VOID
+        return mask
+
+    def _class_mask(self, raw: np.ndarray, where: str) -> np.ndarray:
+        mask = np.full(raw.shape, VOID, np.uint8)
+        known = np.isin(raw, (VOID, *self._void))
+        for number, value in enumerate(self._ids):
+            here = raw == value
+            mask[here] = number
+            known |= here
+        if not known.all():
+            found = ", ".join(str(v) for v in np.unique(raw[~known])[:8])
+            raise DataError(
+                f"{where}: values {found} are neither classes (data.tfds.ids={self._ids}) nor void "
+                f"(data.tfds.void={self._void}, and 255)"
+            )
         return mask
 
 
