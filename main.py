@@ -13,9 +13,16 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, such as configs/pac_objseg.py."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "analyze", "predict"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "analyze", "predict", "compare"], "What to do."
+)
 _INPUTS = flags.DEFINE_string("inputs", None, "predict: an image, a folder or a quoted glob.")
 _OUTPUTS = flags.DEFINE_string("outputs", None, "predict: the folder for masks and overlays.")
+_CLASSES = flags.DEFINE_list("classes", [], "predict: classes to write one by one; empty for all.")
+_PROBABILITIES = flags.DEFINE_bool("probabilities", False, "predict: write the probabilities too.")
+_WORKDIRS = flags.DEFINE_list(
+    "workdirs", [], "compare: folders of the runs; --workdir gets the page."
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other processes of a TPU pod or GPU cluster (jax.distributed)."
 )
@@ -71,6 +78,9 @@ def main(argv: list[str]) -> None:
             workdir=Path(_WORKDIR.value),
             inputs=_INPUTS.value,
             outputs=_OUTPUTS.value,
+            classes=_CLASSES.value,
+            probabilities=_PROBABILITIES.value,
+            workdirs=_WORKDIRS.value,
         )
     except modes.USER_ERRORS as error:
         sys.exit(f"error: {error}")

@@ -4,6 +4,13 @@ from collections.abc import Sequence
 
 import ml_collections
 
+_GUIDED = dict(
+    width=96,
+    dropout=0.1,
+    guide_widths=(16, 32, 64),
+    prior=0.0,  # penalty of a linear classifier of frozen features, solved for first; 0 = none
+)
+
 
 def parse_presets(arg: str | None, allowed: Sequence[str]) -> tuple[str, ...]:
     """Reads `config.py:preset,preset`.
@@ -25,8 +32,8 @@ def get_base_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict(
         dict(
-            name="shapes",  # shapes or kinds (drawn), folder, images or tfds
-            root="",  # folder, images: the data; tfds: where the prepared data sets are
+            name="shapes",  # shapes or kinds (drawn), folder, coco, images or tfds
+            root="",  # folder, coco, images: the data; tfds: where the prepared data sets are
             categories=(),  # names; empty = all
             mask_values="auto",  # folder: 0/255, 0/1 (255 = void), or auto: 0/1 if a mask has a 1
             mask_threshold=0,  # folder: foreground is every value from here, for soft masks; 0 = off
@@ -95,29 +102,105 @@ def get_base_config() -> ml_collections.ConfigDict:
     return config
 
 
-def get_segmentation_config() -> ml_collections.ConfigDict:
-    """The base, and what the segmentation of one object class adds."""
+def get_dense_config() -> ml_collections.ConfigDict:
+    """The base, and what every kind of segmentation adds."""
     config = get_base_config()
-    config.task = "segmentation"
     config.backbone.update(
         train="auto",  # none, all, or auto: none with weights, all without
-        layers=(-1,),  # blocks whose patch tokens the head gets
-        stride=0,  # image pixels per token; 0 = the patch size, 16 for patch 14
+        freeze=0,  # of a backbone that is trained: so many of its first blocks or stages rest
+        layers=(-1,),  # blocks of a ViT whose patch tokens the head gets
+        stride=0,  # image pixels per token; 0 = the patch size, 16 for patch 14 and for a ResNet
     )
-    config.head = ml_collections.ConfigDict(
-        dict(
-            name="guided",  # each head reads the options under its own name
-            guided=dict(width=96, dropout=0.1, guide_widths=(16, 32, 64)),
-            pac_joint=dict(channels=32, guide_channels=16),
-        )
-    )
-    config.loss = ml_collections.ConfigDict(dict(bce=1.0, dice=0.0, focal=0.0, jaccard=0.0))
+    config.optim.layer_decay = 1.0  # of the learning rate, for each layer farther from the head
     config.augment = ml_collections.ConfigDict(
         dict(flip=0.0, scale=(1.0, 1.0), brightness=0.0, contrast=0.0, saturation=0.0)
     )
     config.eval.update(
+        scales=(1.0,),  # relative sizes at which images are predicted, and averaged
+        flip=False,  # average with the mirrored image
+        window=(0, 0),  # predict windows of (height, width), blended; (0, 0) = whole images
+        overlap=0.5,  # of the windows
+    )
+    return config
+
+
+def get_segmentation_config() -> ml_collections.ConfigDict:
+    """What the segmentation of one object class adds."""
+    config = get_dense_config()
+    config.task = "segmentation"
+    config.head = ml_collections.ConfigDict(
+        dict(
+            name="guided",  # each head reads the options under its own name
+            guided=_GUIDED,
+            pac_joint=dict(channels=32, guide_channels=16),
+        )
+    )
+    config.loss = ml_collections.ConfigDict(
+        dict(bce=1.0, dice=0.0, focal=0.0, jaccard=0.0, lovasz=0.0)
+    )
+    config.eval.update(
         categories=(),  # to evaluate on; empty = those of data.categories
         threshold=0.5,
+    )
+    return config
+
+
+def _get_classes_config() -> ml_collections.ConfigDict:
+    config = get_dense_config()
+    config.data.update(
+        classes=(),  # names; empty = those of the data
+        void=(),  # folder: further ids that are ignored
+        images="",  # folder: its subfolder of images; coco: where the images are
+        labels="",  # folder: its subfolder of masks; coco: the annotation file
+        overlap="smaller-on-top",  # coco: of objects; last-on-top, void
+        crowd="void",  # coco: or paint
+    )
+    config.data.tfds.ids = ()  # values of the classes in the masks; empty = 0, 1, 2, ...
+    config.loss = ml_collections.ConfigDict(
+        dict(cross_entropy=1.0, dice=0.0, focal=0.0, hard_pixels=0.0, lovasz_softmax=0.0)
+    )
+    config.eval.split = "val"
+    return config
+
+
+def get_multiclass_config() -> ml_collections.ConfigDict:
+    """What the segmentation of several classes adds."""
+    config = _get_classes_config()
+    config.task = "multiclass"
+    deeplab = dict(channels=256, rates=(), norm="batch", dropout=0.1, separable=False)
+    deeplab |= dict(reduce=0, auxiliary=False)
+    config.head = ml_collections.ConfigDict(
+        dict(
+            name="deeplabv3plus",
+            guided=_GUIDED,
+            deeplabv3=deeplab,
+            deeplabv3plus={**deeplab, "low_level": "stem", "low_width": 64},
+        )
+    )
+    config.class_weights = "none"  # or median_frequency, inverse_log: of the training masks
+    config.label_smoothing = 0.0
+    config.auxiliary = 0.4  # weight of the auxiliary head's loss
+    return config
+
+
+def get_attention_config() -> ml_collections.ConfigDict:
+    """What the segmentation of the class that is asked for adds."""
+    config = _get_classes_config()
+    config.task = "attention"
+    config.questions = 4  # asked about each image in a training step
+    config.head = ml_collections.ConfigDict(
+        dict(
+            name="attention",
+            attention=dict(
+                width=512,
+                attention="dot",  # or additive
+                context="scaled",  # or course
+                channels=64,
+                low_channels=48,
+                dropout=0.1,
+                norm="group",
+            ),
+        )
     )
     return config
 

@@ -6,7 +6,8 @@ Draws the `shapes` data set and trains a small ViT and the `guided` head togethe
 
 Presets, after a colon:
   real      images of your own on a frozen pretrained backbone (`--config.data.root=`,
-            `--config.backbone.weights=`): flips, BCE + Dice, features computed once.
+            `--config.backbone.weights=`): flips, BCE + Dice, features computed once,
+            a linear classifier of them solved for before the head is trained.
   course    exercise 4 of the TUM course cv3dst, with the course's own PAC network: BCE, Adam 5e-4,
             batch 4, 5 epochs, images cropped to multiples of 16. `--config.head.name=linear` is its
             part I. Two differences: batches run on across epochs, where the course's last batch of
@@ -38,6 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if "real" in presets:
         config.optim.update(lr=3e-3, average=0.98)
         config.backbone.layers = (-7, -4, -1)
+        config.head.guided.prior = 3e-4
         config.train.update(epochs=12.0, min_steps=600)
     if "course" in presets:
         config.head.name = "pac_course"

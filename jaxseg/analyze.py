@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxseg import pretrain
 from jaxseg import workdir as folder
-from jaxseg.config import ConfigError, validate
+from jaxseg.config import DENSE_TASKS, ConfigError, validate
 from jaxseg.data import DataError, sources
 from jaxseg.evaluate import (
     attention_maps,
@@ -63,7 +63,7 @@ def analyze(
       ConfigError: there is neither a run nor weights.
     """
     stored = (workdir / "config.json").exists()
-    if stored and folder.load(workdir, overrides)[0].task == "segmentation":
+    if stored and folder.load(workdir, overrides)[0].task in DENSE_TASKS:
         raise ConfigError(
             f"--workdir={workdir} holds a run of segmentation; to analyse its backbone give "
             f"--config=configs/dino.py --config.backbone.weights={workdir} and a new --workdir"
@@ -83,10 +83,9 @@ def analyze(
         loaded = Backbone.load(config)
         backbone = pretrain.make_backbone(config, loaded.variant)
         mesh = partition.make_mesh()
-        variables = partition.put_tree(
-            {"params": loaded.params},
-            partition.tree_sharding(mesh, {"params": loaded.params}, config.sharding.params),
-        )
+        variables = {"params": loaded.params, "batch_stats": loaded.statistics}
+        shardings = partition.tree_sharding(mesh, variables, config.sharding.params)
+        variables = partition.put_tree(variables, shardings)
         subject = f"{config.backbone.weights}"
     return _Analysis(config, backbone, variables, mesh, workdir, subject).run()
 

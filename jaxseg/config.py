@@ -8,18 +8,22 @@ from typing import Any
 import ml_collections
 
 from jaxseg.data import sources
+from jaxseg.data.coco import CROWDS, OVERLAPS
+from jaxseg.losses.multiclass import MULTICLASS, SCHEMES
 from jaxseg.losses.segmentation import BINARY
 from jaxseg.models import HEADS
 from jaxseg.models.backbones import BACKBONES
+from jaxseg.models.conditioned import ATTENTIONS, CONTEXTS
+from jaxseg.models.deeplab import LOW_LEVELS
 from jaxseg.models.segmenter import NORMALIZATIONS
-from jaxseg.models.vit import VARIANTS
 from jaxseg.train.optim import OPTIMIZERS, SCHEDULES
 from jaxseg.train.partition import PARAMETER_LAYOUTS
 
+DENSE_TASKS = tuple(HEADS)
 _SPLITS = ("train", "val", "test")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("segmentation", "dino", "rotation"),
-    "data.name": sources.NAMES,
+    "task": (*DENSE_TASKS, "dino", "rotation"),
+    "data.name": ("shapes", "kinds", "folder", "coco", "images", "tfds"),
     "data.mask_values": ("auto", "0/255", "0/1"),
     "backbone.normalization": tuple(NORMALIZATIONS),
     "backbone.precision": ("float32", "bfloat16"),
@@ -60,12 +64,33 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval.batch": (1, 2**20),
 }
 
+_COCO = {"data.overlap": OVERLAPS, "data.crowd": CROWDS}
+_MORE_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "multiclass": {
+        **_COCO,
+        "class_weights": tuple(SCHEMES),
+        "head.deeplabv3.norm": ("batch", "group"),
+        "head.deeplabv3plus.norm": ("batch", "group"),
+        "head.deeplabv3plus.low_level": LOW_LEVELS,
+    },
+    "attention": {
+        **_COCO,
+        "head.attention.attention": ATTENTIONS,
+        "head.attention.context": CONTEXTS,
+        "head.attention.norm": ("batch", "group"),
+    },
+}
+
 # What the tasks add to both.
 TASK_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "segmentation": {
-        "backbone.variant": tuple(VARIANTS),
-        "backbone.train": ("auto", "none", "all"),
-        "head.name": tuple(HEADS),
+    **{
+        task: {
+            "backbone.variant": tuple(BACKBONES),
+            "backbone.train": ("auto", "none", "all"),
+            "head.name": tuple(heads),
+            **_MORE_CHOICES.get(task, {}),
+        }
+        for task, heads in HEADS.items()
     },
     **dict.fromkeys(
         ("dino", "rotation"),
@@ -81,18 +106,40 @@ _PRETRAINING: dict[str, tuple[float, float]] = {
     "eval.k": (1, 2**20),
     "eval.temperature": (1e-3, 1e3),
 }
+_DENSE: dict[str, tuple[float, float]] = {
+    "backbone.freeze": (0, 1000),
+    "optim.layer_decay": (0.01, 1),
+    "augment.flip": (0, 1),
+    "augment.brightness": (0, 1),
+    "augment.contrast": (0, 1),
+    "augment.saturation": (0, 1),
+    "eval.overlap": (0, 0.9),
+}
+_GUIDED: dict[str, tuple[float, float]] = {
+    "head.guided.width": (8, 2**16),
+    "head.guided.dropout": (0, 0.99),
+    "head.guided.prior": (0, 1e3),
+}
 TASK_RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "segmentation": {
-        "head.guided.width": (8, 2**16),
-        "head.guided.dropout": (0, 0.99),
+        **_DENSE,
+        **_GUIDED,
         "head.pac_joint.channels": (1, 2**16),
         "head.pac_joint.guide_channels": (1, 16),
-        "augment.flip": (0, 1),
-        "augment.brightness": (0, 1),
-        "augment.contrast": (0, 1),
-        "augment.saturation": (0, 1),
         "eval.threshold": (0, 1),
         **{f"loss.{name}": (0, 1e9) for name in BINARY},
+    },
+    "multiclass": {
+        **_DENSE,
+        **_GUIDED,
+        "label_smoothing": (0, 1),
+        "auxiliary": (0, 1e3),
+        **{f"loss.{name}": (0, 1e9) for name in MULTICLASS},
+    },
+    "attention": {
+        **_DENSE,
+        "questions": (1, 1000),
+        **{f"loss.{name}": (0, 1e9) for name in MULTICLASS},
     },
     "rotation": {**_PRETRAINING, "views.size": (8, 4096)},
     "dino": {
@@ -116,7 +163,7 @@ TASK_RANGES: dict[str, dict[str, tuple[float, float]]] = {
 # Keys that do not change what a step computes: a run may go on with others.
 _FREE = ("eval", "data.threads", "data.workers", "data.memory_gigabytes", "data.cache_dir")
 _FREE += ("data.cache_gigabytes", "data.root", "train.log_every", "train.eval_every")
-_FREE += ("train.checkpoint_every", "train.accumulate", "sharding")
+_FREE += ("train.checkpoint_every", "sharding")
 
 
 class ConfigError(ValueError):
@@ -201,8 +248,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if not low <= flat[key] <= high:
             raise ConfigError(f"config.{key} is {flat[key]!r}; allowed: {low} to {high}")
     _pair(config, "data.size", int)
-    if task == "segmentation":
-        _validate_segmentation(config)
+    if task in DENSE_TASKS:
+        _validate_dense(config)
     if task in ("dino", "rotation"):
         _validate_views(config)
     if config.train.batch % config.train.accumulate:
@@ -212,16 +259,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if not config.train.steps and not config.train.epochs:
         raise ConfigError("config.train.steps and config.train.epochs are both 0; set one")
-    if config.data.name in ("shapes", "kinds") and config.data.root:
+    if config.data.name in sources.DRAWN and config.data.root:
         raise ConfigError(
             f"config.data.root is {config.data.root!r}, but config.data.name={config.data.name!r} "
-            "draws its own images; add --config.data.name=folder (or tfds) to read that folder"
+            "draws its own images; add --config.data.name="
+            + ("folder, coco or tfds" if task in DENSE_TASKS else "images or tfds")
+            + " to read it"
         )
-    if config.data.name in ("folder", "images") and not config.data.root:
+    if config.data.name in ("folder", "coco", "images") and not config.data.root:
         raise ConfigError(f"config.data.name={config.data.name!r} needs --config.data.root=FOLDER")
 
 
-def _validate_segmentation(config: ml_collections.ConfigDict) -> None:
+def _validate_dense(config: ml_collections.ConfigDict) -> None:
     low, high = _pair(config, "augment.scale", float)
     if not 0 < low <= high:
         raise ConfigError(f"config.augment.scale is ({low}, {high}); allowed: 0 < low <= high")
@@ -230,18 +279,34 @@ def _validate_segmentation(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.backbone.layers is {layers}; allowed: block numbers, as in (-1,)"
         )
-    if config.head.guided.width % 8:
+    if "guided" in config.head and config.head.guided.width % 8:
         raise ConfigError(
             f"config.head.guided.width is {config.head.guided.width}; allowed: multiples of 8"
         )
     if not any(config.loss.values()):
-        raise ConfigError(f"all of config.loss is 0; give one of {', '.join(BINARY)} a weight")
+        raise ConfigError(f"all of config.loss is 0; give one of {', '.join(config.loss)} a weight")
     if config.backbone.stride and config.backbone.stride & (config.backbone.stride - 1):
         raise ConfigError(
             f"config.backbone.stride is {config.backbone.stride}; allowed: 0, 4, 8, 16, 32"
         )
     if config.data.name == "images":
         raise ConfigError("config.data.name='images' has no masks; allowed: shapes, folder, tfds")
+    if config.task == "segmentation" and config.data.name == "coco":
+        raise ConfigError(
+            "config.data.name='coco' has several classes; use configs/deeplab_multiclass.py or "
+            "configs/attention_singleclass.py"
+        )
+    if config.task != "segmentation" and tuple(config.data.categories):
+        raise ConfigError(
+            f"config.data.categories is {tuple(config.data.categories)}; several classes are named in "
+            "config.data.classes"
+        )
+    window = _pair(config, "eval.window", int)
+    if any(window) and not all(window):
+        raise ConfigError(f"config.eval.window is {window}; allowed: (0, 0), or two sizes above 0")
+    scales = tuple(config.eval.scales)
+    if not scales or not all(isinstance(s, int | float) and 0 < s <= 8 for s in scales):
+        raise ConfigError(f"config.eval.scales is {scales}; allowed: numbers above 0, at most 8")
 
 
 def _validate_views(config: ml_collections.ConfigDict) -> None:

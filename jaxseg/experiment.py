@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,21 @@ from jaxseg import weights
 from jaxseg.config import ConfigError, flatten
 from jaxseg.data import loader, sources
 from jaxseg.data.cache import DiskStore, FeatureCache, PreparedSource
-from jaxseg.models import HEADS
+from jaxseg.losses.multiclass import class_weights
+from jaxseg.models import HEADS, backbones
 from jaxseg.models.backbones import BACKBONES, AnyVariant
+from jaxseg.models.guided import relative, standardise
+from jaxseg.models.resnet import OUTPUT_STRIDES, ResNetVariant
 from jaxseg.models.segmenter import Segmenter, default_stride
 from jaxseg.models.vit import Variant, from_variant
 from jaxseg.ops.augment import Augmentation
+from jaxseg.tasks.attention import AttentionTask, queries
+from jaxseg.tasks.dense import VOID, DenseTask
+from jaxseg.tasks.multiclass import MulticlassTask
 from jaxseg.tasks.segmentation import SegmentationTask
+from jaxseg.train import ridge
 from jaxseg.train.state import split_params
+from jaxseg.train.writers import Progress
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +43,12 @@ class Backbone:
     Attributes:
       variant: its shape.
       params: its parameters, or None to start from scratch.
+      statistics: of its batch norm; empty where there is none.
     """
 
     variant: AnyVariant
     params: Mapping[str, Any] | None = None
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict) -> "Backbone":
@@ -47,36 +57,79 @@ class Backbone:
             return cls(BACKBONES[config.backbone.variant])
         loaded = weights.load(config.backbone.weights)
         log.info("backbone %s from %s", loaded.variant.name, loaded.source)
-        return cls(loaded.variant, loaded.params)
+        return cls(loaded.variant, loaded.params, loaded.statistics)
 
 
-def frozen_paths(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """Prefixes of the parameters that keep their values."""
+def frozen_backbone(config: ml_collections.ConfigDict) -> bool:
+    """Whether the whole backbone keeps its values."""
     choice = config.backbone.train
-    frozen = choice == "none" or (choice == "auto" and bool(config.backbone.weights))
-    return ("backbone",) if frozen else ()
+    return choice == "none" or (choice == "auto" and bool(config.backbone.weights))
 
 
-def make_model(config: ml_collections.ConfigDict, variant: Variant) -> Segmenter:
-    """The segmenter of a config."""
-    if not isinstance(variant, Variant):
+def frozen_paths(config: ml_collections.ConfigDict, variant: AnyVariant) -> tuple[str, ...]:
+    """Prefixes of the parameters that no step changes: of the backbone, or a part, and the prior's."""
+    if frozen_backbone(config):
+        return ("backbone", "head/prior") if has_prior(config) else ("backbone",)
+    layers = backbones.layers(variant)
+    if config.backbone.freeze >= len(layers):
         raise ConfigError(
-            f"config.backbone.weights={config.backbone.weights!r} is a {variant.name}; segmentation "
-            "takes a ViT"
+            f"config.backbone.freeze is {config.backbone.freeze}; {variant.name} allows 0 to "
+            f"{len(layers) - 1} (or config.backbone.train=none)"
         )
-    for layer in config.backbone.layers:
-        if not -variant.depth <= layer < variant.depth:
+    frozen = layers[: config.backbone.freeze + 1] if config.backbone.freeze else []
+    return tuple(f"backbone/{name}" for names in frozen for name in names)
+
+
+def has_prior(config: ml_collections.ConfigDict) -> bool:
+    """Whether the head's linear prior is solved for before training."""
+    return config.head.name == "guided" and config.head.guided.prior > 0
+
+
+def make_model(
+    config: ml_collections.ConfigDict, variant: AnyVariant, names: tuple[str, ...]
+) -> Segmenter:
+    """The segmenter of a config, for masks whose values have these names."""
+    heads = HEADS[config.task]
+    options = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in config.head.get(config.head.name, {}).items()
+    }
+    if config.head.name == "guided":
+        options["prior"] = has_prior(config)
+    if config.task == "attention":
+        head = heads[config.head.name](classes=len(queries(names)), **options)
+    else:
+        outputs = 1 if config.task == "segmentation" else len(names)
+        head = heads[config.head.name](outputs=outputs, **options)
+    if isinstance(variant, ResNetVariant):
+        stride = config.backbone.stride or 16
+        if stride not in OUTPUT_STRIDES:
             raise ConfigError(
-                f"config.backbone.layers has {layer}; {variant.name} allows {-variant.depth} to "
-                f"{variant.depth - 1}"
+                f"config.backbone.stride is {stride}; {variant.name} allows {OUTPUT_STRIDES}"
             )
-    options = config.head.get(config.head.name, {})
+        if config.task == "segmentation":
+            raise ConfigError(
+                f"config.backbone is a {variant.name}; the heads for one object class take a ViT "
+                "(configs/deeplab_multiclass.py takes both)"
+            )
+        backbone = backbones.build(variant, dtype=config.backbone.precision, output_stride=stride)
+    else:
+        stride = config.backbone.stride or default_stride(variant.patch)
+        for layer in config.backbone.layers:
+            if not -variant.depth <= layer < variant.depth:
+                raise ConfigError(
+                    f"config.backbone.layers has {layer}; {variant.name} allows {-variant.depth} to "
+                    f"{variant.depth - 1}"
+                )
+        backbone = from_variant(variant, dtype=config.backbone.precision)
     return Segmenter(
-        backbone=from_variant(variant, dtype=config.backbone.precision),
-        head=HEADS[config.head.name](outputs=1, **options),
-        stride=config.backbone.stride or default_stride(variant.patch),
+        backbone=backbone,
+        head=head,
+        stride=stride,
         layers=tuple(config.backbone.layers),
         normalization=config.backbone.normalization,
+        # A backbone that is trained in part keeps the statistics of its batch norm.
+        trains_backbone=not frozen_paths(config, variant),
     )
 
 
@@ -86,9 +139,11 @@ def make_source(
     """The data source of a config for one split."""
     data = config.data
     chosen = tuple(data.categories) if categories is None else categories
-    # `--config.data.categories=a,b` arrives as one name.
-    chosen = tuple(name for names in chosen for name in names.split(","))
+    chosen = _names(chosen)
     options: dict[str, Any] = {}
+    several = config.task in ("multiclass", "attention")
+    name = {"folder": "labelled", "shapes": "scenes"}.get(data.name, data.name)
+    name = name if several else data.name
     if data.name == "tfds":
         options = dict(
             dataset=data.tfds.name,
@@ -98,36 +153,107 @@ def make_source(
             foreground=tuple(data.tfds.foreground),
             void=tuple(data.tfds.void),
         )
-    if data.name == "folder":
+        if several:
+            if not data.classes:
+                raise ConfigError("config.data.classes is empty; with tfds it names the classes")
+            options |= dict(classes=_names(data.classes), ids=tuple(data.tfds.ids))
+    if name == "folder":
         options = dict(mask_values=data.mask_values, mask_threshold=data.mask_threshold or None)
-    if data.name in ("shapes", "kinds"):
+    if name == "labelled":
+        options = dict(classes=_names(data.classes), void=tuple(data.void))
+        options |= dict(images=data.images or "images", labels=data.labels or "labels")
+    if name == "coco":
+        options = dict(classes=_names(data.classes), annotations=data.labels, images=data.images)
+        options |= dict(overlap=data.overlap, crowd=data.crowd)
+    if name in sources.DRAWN:
         options = dict(size=tuple(data.size)) if tuple(data.size) != (0, 0) else {}
         options |= dict(length=data.length) if data.length and split == "train" else {}
-    source = sources.create(data.name, split, root=data.root, categories=chosen, **options)
+    source = sources.create(name, split, root=data.root, categories=chosen, **options)
     return sources.Some(source, data.limit) if data.limit else source
 
 
+def _names(values: Sequence[str]) -> tuple[str, ...]:
+    # `--config.data.categories=a,b` arrives as one name.
+    return tuple(name for names in values for name in names.split(","))
+
+
+def mask_names(source: sources.Source) -> tuple[str, ...]:
+    """The names of the values in a source's masks."""
+    return tuple(getattr(source, "mask_names", ("background", "foreground")))
+
+
 def make_task(
-    config: ml_collections.ConfigDict, model: Segmenter, source: sources.Source
-) -> SegmentationTask:
-    """The task of a config on the images of a source."""
-    return SegmentationTask(
+    config: ml_collections.ConfigDict,
+    model: Segmenter,
+    *,
+    size: tuple[int, int],
+    names: tuple[str, ...],
+    categories: tuple[str, ...],
+    class_weights: tuple[float, ...] = (),
+    statistics: Mapping[str, Any] | None = None,
+) -> DenseTask:
+    """The task of a config; see `DenseTask` for the arguments."""
+    common = dict(
         model=model,
-        size=sources.working_size(source, tuple(config.data.size), model.stride),
-        categories=tuple(source.categories),
+        size=size,
+        names=names,
         loss_weights=config.loss.to_dict(),
-        threshold=config.eval.threshold,
+        statistics=statistics or {},
+    )
+    if config.task == "segmentation":
+        return SegmentationTask(categories=categories, threshold=config.eval.threshold, **common)
+    if config.task == "attention":
+        return AttentionTask(questions=config.questions, **common)
+    return MulticlassTask(
+        class_weights=class_weights,
+        label_smoothing=config.label_smoothing,
+        auxiliary=config.auxiliary,
+        **common,
     )
 
 
+def fit_task(
+    task: DenseTask, config: ml_collections.ConfigDict, source: sources.Source
+) -> DenseTask:
+    """The task for the images of another source.
+
+    Raises:
+      ConfigError: its masks hold other classes than the task predicts.
+    """
+    if mask_names(source) != task.names:
+        raise ConfigError(
+            f"the classes of the data are {', '.join(mask_names(source))}; the run was trained for "
+            f"{', '.join(task.names)}"
+        )
+    size = sources.working_size(source, tuple(config.data.size), task.model.stride)
+    changes: dict[str, Any] = dict(size=size)
+    if isinstance(task, SegmentationTask):
+        changes["categories"] = tuple(source.categories)
+    return dataclasses.replace(task, **changes)
+
+
+def make_class_weights(
+    config: ml_collections.ConfigDict, source: sources.Source
+) -> tuple[float, ...]:
+    """The classes' weights in the loss, from the masks of at most 1,000 examples; () for none."""
+    if config.task != "multiclass" or config.class_weights == "none":
+        return ()
+    names = mask_names(source)
+    counts = []
+    for index in sources.spread(len(source), 1000):
+        mask = source[int(index)]["mask"]
+        counts.append(np.bincount(mask.ravel(), minlength=256)[: len(names)])
+    return tuple(float(w) for w in class_weights(np.stack(counts), config.class_weights))
+
+
 def make_params(
-    task: SegmentationTask, backbone: Backbone, config: ml_collections.ConfigDict
+    task: DenseTask, backbone: Backbone, config: ml_collections.ConfigDict
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Initial (trained, frozen) parameters as host arrays, equal on every process."""
     params = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
     if backbone.params is not None:
         params = {**params, "backbone": backbone.params}
-    return split_params(params, frozen_paths(config))
+    return split_params(params, frozen_paths(config, backbone.variant))
 
 
 class Reader:
@@ -145,7 +271,7 @@ class Reader:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        task: SegmentationTask,
+        task: DenseTask,
         source: sources.Source,
         *,
         frozen: Mapping[str, Any],
@@ -157,7 +283,8 @@ class Reader:
         # A flip is the one change that leaves a finite set of images to compute features of.
         only_flips = dataclasses.replace(augment, flip=0.0) == Augmentation()
         features = None
-        if "backbone" in frozen and only_flips:
+        one_map = isinstance(task.model.backbone.variant, Variant)
+        if frozen_backbone(config) and only_flips and one_map:
             orientations = 2 if augment.flip else 1
             features = self._make_cache(task, source, frozen["backbone"], digest, orientations)
         self.cached = features is not None
@@ -227,10 +354,53 @@ class Reader:
         """This process's share of the whole source, once and in order."""
         return loader.eval_batches(self._source, batch=self._config.eval.batch, **self._options())
 
+    def examples(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """All examples in order, unflipped, with features where they are cached."""
+        for index in range(len(self._source)):
+            yield self._source.read(index, flipped=False)
+
     def subset(self, indices: list[int]) -> Iterator[Mapping[str, np.ndarray]]:
         """Batches of the examples at `indices`, in that order."""
         source = self._source.subset(indices)
         return loader.eval_batches(source, batch=self._config.eval.batch, **self._options())
+
+
+def fit_prior(
+    config: ml_collections.ConfigDict, task: DenseTask, reader: Reader
+) -> dict[str, np.ndarray]:
+    """The parameters of the guided head's prior, from all training images.
+
+    Raises:
+      ConfigError: the backbone's features are not cached: they must be frozen, and fit in memory.
+    """
+    if not reader.cached:
+        raise ConfigError(
+            "config.head.guided.prior needs cached features: a frozen ViT, no augmentation but flips, "
+            "and config.data.memory_gigabytes or config.data.cache_dir large enough; or set it to 0"
+        )
+    tokens = jax.jit(lambda x: relative(standardise(x[None]))[0])
+    outputs = task.model.head.outputs
+
+    def example(shown):
+        x = np.asarray(tokens(shown["features"]))
+        h, w, channels = x.shape
+        cells = shown["mask"].reshape(h, shown["mask"].shape[0] // h, w, -1).swapaxes(1, 2)
+        cells = cells.reshape(h * w, -1)
+        values = [1] if outputs == 1 else range(outputs)
+        share = np.stack([(cells == v).mean(1) for v in values], 1)
+        known = (cells != VOID).mean(1)
+        targets = 2.0 * share / np.maximum(known, 1e-9)[:, None] - 1.0
+        return x.reshape(h * w, channels), targets, known
+
+    def examples():
+        progress = Progress("features", len(reader))
+        for number, shown in enumerate(reader.examples(), 1):
+            yield example(shown)
+            progress.update(number)
+        progress.close()
+
+    kernel, bias = ridge.fit(examples(), penalty=config.head.guided.prior)
+    return {"kernel": kernel, "bias": bias}
 
 
 def make_augmentation(config: ml_collections.ConfigDict) -> Augmentation:

@@ -1,14 +1,14 @@
 """What `main.py` can do, by the name of the mode."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from jaxseg import analyze, predict, pretrain, run
+from jaxseg import analyze, compare, predict, pretrain, run
 from jaxseg import workdir as folder
-from jaxseg.config import ConfigError
+from jaxseg.config import DENSE_TASKS, ConfigError
 from jaxseg.train.loop import Interrupted
 
 # Mistakes and conditions that a message explains better than a traceback.
@@ -23,9 +23,12 @@ def main(
     workdir: Path,
     inputs: str | None = None,
     outputs: str | None = None,
+    classes: Sequence[str] = (),
+    probabilities: bool = False,
+    workdirs: Sequence[str] = (),
 ) -> None:
-    """Runs a mode: `train` (needs `config`), `eval`, `analyze` (a run, or the weights of `config`), or
-    `predict` (needs `inputs` and `outputs`)."""
+    """Runs a mode: `train` (needs `config`), `eval`, `analyze` (a run, or the weights of `config`),
+    `predict` (needs `inputs` and `outputs`) or `compare` (needs `workdirs`)."""
     if mode == "train":
         if config is None:
             raise ConfigError("--mode=train needs --config=configs/FILE.py")
@@ -34,19 +37,25 @@ def main(
         _module(folder.load(workdir, overrides)[0].task).evaluate(workdir, overrides)
     elif mode == "analyze":
         analyze.analyze(config, overrides, workdir)
+    elif mode == "compare":
+        compare.compare([Path(w) for w in workdirs], overrides, workdir)
     else:
         if not inputs or not outputs:
             raise ConfigError("--mode=predict needs --inputs=FILE|FOLDER|GLOB and --outputs=FOLDER")
         task = folder.load(workdir, overrides)[0].task
-        if task != "segmentation":
+        if task not in DENSE_TASKS:
             raise ConfigError(
                 f"--workdir={workdir} holds a run of {task}, which predicts no masks: train "
                 f"configs/pac_objseg.py with --config.backbone.weights={workdir} first"
             )
-        masks = predict.predict(workdir, inputs, Path(outputs), overrides)
+        masks = predict.predict(
+            *(workdir, inputs, Path(outputs), overrides),
+            classes=tuple(classes),
+            probabilities=probabilities,
+        )
         print(f"{len(masks)} masks and overlays in {outputs}")
 
 
 def _module(task: str):
     """What trains and evaluates a task."""
-    return run if task == "segmentation" else pretrain
+    return run if task in DENSE_TASKS else pretrain

@@ -1,7 +1,8 @@
 """Masks and overlays for images of any size, from a trained run."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ import jax
 import numpy as np
 from PIL import Image
 
+from jaxseg.config import ConfigError
 from jaxseg.data import DataError, list_images, read_image, write_image, write_mask
+from jaxseg.data.large import LargeImage, NpyWriter, Overview, PngWriter, is_large
+from jaxseg.evaluate.palette import overlay_classes, palette
 from jaxseg.evaluate.report import overlay
+from jaxseg.evaluate.tiles import default_overlap, predict_tiles
 from jaxseg.run import Run, restore
 from jaxseg.train.writers import Progress
 
@@ -20,6 +25,8 @@ log = logging.getLogger(__name__)
 # this ratio of the sides; its sides are rounded to this many strides, so that few shapes compile.
 _MOST_ELONGATED = 4.0
 _ROUND_STRIDES = 4
+# Images with more scores than this are predicted tile by tile.
+_LARGE = 64_000_000
 
 
 def working_shape(
@@ -44,27 +51,50 @@ class Predictor:
 
     Args:
       run: from `jaxseg.run.restore`.
+
+    Attributes:
+      size: (H, W) of the images that the run was trained on.
+      stride: of which the sides of images that the network sees are multiples.
+      outputs: scores of a pixel, K.
     """
 
     def __init__(self, run: Run):
-        self._task, self._stride = run.task, run.task.model.stride
+        self._task, self.size, self.stride = run.task, run.task.size, run.task.model.stride
         # Images come one by one and in any shape, so one device does the work.
         self._device = jax.local_devices()[0]
+        self.outputs = 1 if run.config.task == "segmentation" else len(run.task.names)
         self._params = jax.device_put(run.host(run.params), self._device)
-        self._apply = jax.jit(self._probability)
+        self._apply = jax.jit(self._scores)
 
-    def _probability(self, params, image_HxWx3):
-        logits, _ = self._task.logits(params, {"image": image_HxWx3[None]})
-        return jax.nn.sigmoid(logits[0, ..., 0])
+    def _scores(self, params, image_BxHxWx3):
+        return self._task.scores(self._task.logits(params, {"image": image_BxHxWx3})[0])
+
+    def windows(self, image_BxHxWx3: np.ndarray) -> np.ndarray:
+        """Scores `B x H x W x K` in [0, 1] of uint8 images as they are; see `DenseTask.scores`."""
+        return np.asarray(self._apply(self._params, jax.device_put(image_BxHxWx3, self._device)))
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Foreground probability, float32 `H x W` in [0, 1], of a uint8 image `H x W x 3`."""
+        """Scores `H x W x K` of one uint8 image of any size, seen at about the trained size."""
         height, width = image.shape[:2]
-        shape = working_shape(height, width, trained=self._task.size, stride=self._stride)
+        shape = working_shape(height, width, trained=self.size, stride=self.stride)
         small = Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR)
-        chance = self._apply(self._params, jax.device_put(np.asarray(small), self._device))
-        chance = Image.fromarray(np.asarray(chance, np.float32))
-        return np.asarray(chance.resize((width, height), Image.Resampling.BILINEAR))
+        scores = self.windows(np.asarray(small)[None])[0]
+        return _resized(scores.astype(np.float32), (height, width))
+
+    def mask(self, scores: np.ndarray) -> np.ndarray:
+        """The mask uint8 `H x W` that scores stand for."""
+        if scores.shape[-1] == 1:
+            return (scores[..., 0] >= self._task.threshold).astype(np.uint8)
+        return scores.argmax(-1).astype(np.uint8)
+
+
+def _resized(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`h x w x K` float32 to `H x W x K`, bilinearly."""
+    planes = [
+        Image.fromarray(scores[..., k]).resize(size[::-1], Image.Resampling.BILINEAR)
+        for k in range(scores.shape[-1])
+    ]
+    return np.stack([np.asarray(p) for p in planes], -1)
 
 
 def output_names(paths: list[Path]) -> list[str]:
@@ -89,22 +119,35 @@ def output_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def predict(workdir: Path, inputs: str, outputs: Path, overrides: Mapping[str, Any]) -> list[Path]:
-    """Writes `<name>_mask.png` (0/255) and `<name>_overlay.jpg` for every image of `inputs`.
+def predict(
+    workdir: Path,
+    inputs: str,
+    outputs: Path,
+    overrides: Mapping[str, Any],
+    *,
+    classes: Sequence[str] = (),
+    probabilities: bool = False,
+) -> list[Path]:
+    """Writes a mask and an overlay for every image of `inputs`.
 
-    Masks have the size and orientation in which the image is seen (EXIF rotation applied). An image
-    that cannot be read is reported and the others go on.
+    A run of one object class gives `<name>_mask.png` (0/255); one of several `<name>_classes.png`, the
+    class ids with a palette, or, for `classes`, `<name>_<class>_mask.png` of each. Masks have the size and
+    orientation in which the image is seen (EXIF rotation applied). An image that cannot be read is
+    reported and the others go on. Images of tens of megapixels are read and written strip by strip.
 
     Args:
       workdir: of a trained run.
       inputs: an image, a folder (read recursively) or a glob.
       outputs: a folder; it is created.
       overrides: of config values, see `jaxseg.run.restore`.
+      classes: names of those to write one by one; empty for all in one mask.
+      probabilities: whether to write `<name>_probabilities.npy` too, float16 `H x W x K`.
 
     Returns:
       The masks written.
 
     Raises:
+      ConfigError: the run has no such class.
       DataError: there are no images, or at the end if some could not be read.
     """
     # What an earlier call wrote is no input, should the outputs lie below the inputs.
@@ -112,6 +155,7 @@ def predict(workdir: Path, inputs: str, outputs: Path, overrides: Mapping[str, A
     if not paths:
         raise DataError(f"--inputs={inputs} holds no images besides those in --outputs={outputs}")
     run = restore(workdir, overrides)
+    masks = _masks(run, classes)
     predictor = Predictor(run)
     try:
         outputs.mkdir(parents=True, exist_ok=True)
@@ -121,18 +165,106 @@ def predict(workdir: Path, inputs: str, outputs: Path, overrides: Mapping[str, A
     progress = Progress("predict", len(paths))
     for number, (path, name) in enumerate(zip(paths, output_names(paths), strict=True), 1):
         try:
-            image = read_image(path)
+            written += _predict_one(predictor, path, outputs / name, masks, probabilities)
         except DataError as error:
             log.warning("%s", error)
             failed.append(path)
-            continue
-        mask = predictor(image) >= run.task.threshold
-        written.append(outputs / f"{name}_mask.png")
-        write_mask(written[-1], mask)
-        write_image(outputs / f"{name}_overlay.jpg", overlay(image, mask))
         progress.update(number)
     progress.close()
     if failed:
         names = ", ".join(str(p) for p in failed[:5])
         raise DataError(f"{len(failed)} of {len(paths)} images could not be read: {names}")
     return written
+
+
+def _masks(run: Run, classes: Sequence[str]) -> dict[str, int | None]:
+    """Endings of the masks to write: each with the value that is foreground, or None for all ids."""
+    names = run.task.names
+    several = run.config.task != "segmentation"
+    for name in classes:
+        if not several or name not in names:
+            known = f"the classes {', '.join(names)}" if several else "one class without a name"
+            raise ConfigError(f"--classes has {name!r}; the run in --workdir knows {known}")
+    if classes:
+        return {f"{name}_mask.png": names.index(name) for name in classes}
+    return {"classes.png": None} if several else {"mask.png": 1}
+
+
+def _predict_one(
+    predictor: Predictor,
+    path: Path,
+    stem: Path,
+    masks: Mapping[str, int | None],
+    probabilities: bool,
+) -> list[Path]:
+    """Reads one image and writes `<stem>_<ending>` for each of the masks, and overlays."""
+    if is_large(path, _LARGE // predictor.outputs):
+        return _predict_large(predictor, path, stem, masks, probabilities)
+    image = read_image(path)
+    scores = predictor(image)
+    if probabilities:
+        with NpyWriter(_beside(stem, "probabilities.npy"), scores.shape, np.float16) as file:
+            file.write(scores.astype(np.float16))
+    mask = predictor.mask(scores)
+    for ending, value in masks.items():
+        if value is None:
+            write_image(_beside(stem, ending), mask, palette=palette())
+        else:
+            write_mask(_beside(stem, ending), mask == value)
+    return _write_overlays(stem, image, mask, masks)
+
+
+def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
+    """The same for an image that may not fit in memory, by windows of the trained size.
+
+    Windows show the image's own pixels; the overlay is at most 2048 pixels long.
+    """
+    image = LargeImage(path)
+    picture, small = Overview(image.size), Overview(image.size)
+    overlap, margin = default_overlap(predictor.size, predictor.stride)
+
+    def keep(scores):
+        mask = predictor.mask(scores)[..., None]
+        return np.concatenate([mask, scores], -1).astype(np.float16) if probabilities else mask
+
+    strips = predict_tiles(
+        lambda start, stop: picture.add(image.rows(start, stop)),
+        *(image.size, predictor.windows),
+        window=predictor.size,
+        overlap=overlap,
+        margin=margin,
+        multiple=predictor.stride,
+        finish=keep,
+    )
+    with contextlib.ExitStack() as files:
+
+        def png(ending, value):
+            colors = palette() if value is None else None
+            target = _beside(stem, ending)
+            return files.enter_context(PngWriter(target, image.size, palette=colors))
+
+        pngs = [(png(ending, value), value) for ending, value in masks.items()]
+        if probabilities:
+            shape = (*image.size, predictor.outputs)
+            target = _beside(stem, "probabilities.npy")
+            scores = files.enter_context(NpyWriter(target, shape, np.float16))
+        for strip in strips:
+            mask = small.add(strip[..., 0].astype(np.uint8))
+            for file, value in pngs:
+                file.write(mask if value is None else (mask == value).astype(np.uint8) * 255)
+            if probabilities:
+                scores.write(strip[..., 1:])
+    return _write_overlays(stem, picture.image(), small.image(), masks)
+
+
+def _write_overlays(stem: Path, image: np.ndarray, mask: np.ndarray, masks) -> list[Path]:
+    """Writes the overlay beside each mask, and returns the masks' paths."""
+    for ending, value in masks.items():
+        shown = overlay_classes(image, mask) if value is None else overlay(image, mask == value)
+        name = ending.replace("classes.png", "overlay.jpg").replace("mask.png", "overlay.jpg")
+        write_image(_beside(stem, name), shown)
+    return [_beside(stem, ending) for ending in masks]
+
+
+def _beside(stem: Path, ending: str) -> Path:
+    return stem.with_name(f"{stem.name}_{ending}")

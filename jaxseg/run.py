@@ -1,5 +1,6 @@
 """Training, evaluation and restoration of a run: the objects of `experiment` put to work."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,21 +15,34 @@ from jax.sharding import Mesh
 from jaxseg import workdir as folder
 from jaxseg.config import ConfigError, validate
 from jaxseg.data import DataError
+from jaxseg.data.sources import working_size
 from jaxseg.evaluate import dense, report
 from jaxseg.experiment import (
     Backbone,
     Reader,
+    fit_prior,
+    fit_task,
     frozen_paths,
+    has_prior,
+    make_class_weights,
     make_model,
     make_params,
     make_source,
     make_task,
+    mask_names,
     params_digest,
     total_steps,
 )
-from jaxseg.tasks.segmentation import SegmentationTask
+from jaxseg.models import backbones
+from jaxseg.tasks.attention import queries
+from jaxseg.tasks.dense import DenseTask
 from jaxseg.train import loop, optim, partition
-from jaxseg.train.checkpoint import Checkpointer, restore_frozen, save_frozen
+from jaxseg.train.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    restore_frozen,
+    save_frozen,
+)
 from jaxseg.train.state import TrainState, merge_params, split_params
 from jaxseg.train.writers import read_metrics, write_json
 
@@ -50,10 +64,27 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     source = make_source(config, "train")
     backbone = Backbone.load(config)
-    task = make_task(config, make_model(config, backbone.variant), source)
+    names = mask_names(source)
+    model = make_model(config, backbone.variant, names)
+    task = make_task(
+        config,
+        model,
+        size=working_size(source, tuple(config.data.size), model.stride),
+        names=names,
+        categories=tuple(source.categories),
+        class_weights=make_class_weights(config, source),
+        statistics=backbone.statistics,
+    )
     params, frozen = make_params(task, backbone, config)
-    digest = params_digest(frozen)
-    description = folder.Description(backbone.variant, task.size, task.categories, digest)
+    digest = params_digest({k: v for k, v in frozen.items() if k == "backbone"})
+    description = folder.Description(
+        backbone.variant,
+        task.size,
+        tuple(source.categories),
+        digest,
+        names=names,
+        class_weights=task.class_weights if config.task == "multiclass" else (),
+    )
     folder.begin(workdir, config, description)
     with folder.lock(workdir):
         _train_in(workdir, config, task, source, params, frozen, digest)
@@ -61,10 +92,18 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
     mesh = partition.make_mesh()
-    shardings = partition.tree_sharding(mesh, frozen, config.sharding.params)
-    frozen_on_mesh = partition.put_tree(frozen, shardings)
-    save_frozen(workdir, frozen_on_mesh)
     reader = Reader(config, task, source, frozen=frozen, digest=digest, train=True)
+    shardings = partition.tree_sharding(mesh, frozen, config.sharding.params)
+    frozen_on_mesh = None
+    if has_prior(config):
+        with contextlib.suppress(CheckpointError):  # it is solved for again
+            abstract = partition.abstract(mesh, frozen, config.sharding.params)
+            frozen_on_mesh = restore_frozen(workdir, abstract)
+        if frozen_on_mesh is None:
+            frozen = {**frozen, "head": {"prior": fit_prior(config, task, reader)}}
+    if frozen_on_mesh is None:
+        frozen_on_mesh = partition.put_tree(frozen, shardings)
+        save_frozen(workdir, frozen_on_mesh)
     schedule = loop.Schedule(
         steps=total_steps(config, len(source)),
         log_every=config.train.log_every,
@@ -75,7 +114,7 @@ def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
     learning_rate = optim.make_schedule(config.optim, schedule.steps)
     loop.Trainer(
         task=dataclasses.replace(task, augmentation=reader.augmentation),
-        optimizer=optim.make_optimizer(config.optim, learning_rate),
+        optimizer=make_optimizer(config, task, learning_rate),
         learning_rate=learning_rate,
         schedule=schedule,
         mesh=mesh,
@@ -85,7 +124,15 @@ def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
         seed=config.seed,
         workdir=workdir,
         evaluate=_validation(config, task, frozen, frozen_on_mesh, digest, mesh),
+        best_metric="iou" if config.task == "segmentation" else "miou",
+        accumulate=config.train.accumulate,
     ).run(params, frozen_on_mesh)
+
+
+def make_optimizer(config: ml_collections.ConfigDict, task: DenseTask, learning_rate):
+    """The optimiser of a run; see `optim.make_optimizer`."""
+    layers = backbones.layers(task.model.backbone.variant)
+    return optim.make_optimizer(config.optim, learning_rate, layers=layers)
 
 
 class Scorer:
@@ -106,7 +153,7 @@ class Scorer:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        task: SegmentationTask,
+        task: DenseTask,
         split: str,
         *,
         categories: tuple[str, ...] | None,
@@ -115,21 +162,38 @@ class Scorer:
         mesh: Mesh,
     ):
         source = make_source(config, split, categories=categories)
-        self.task = make_task(config, task.model, source)
+        self.task = fit_task(task, config, source)
         self._reader = Reader(config, self.task, source, frozen=frozen, digest=digest, train=False)
         self._mesh = mesh
+        self._inference = _inference(config)
 
     def __call__(
         self, params: Mapping[str, Any], *, label: str
     ) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-        """(metrics, [(example, foreground IoU)]) of the whole split; see `dense.evaluate`."""
-        batches, total = self._reader.eval_batches(), len(self._reader)
-        return dense.evaluate(self.task, params, batches, mesh=self._mesh, total=total, label=label)
+        """(metrics, [(example, IoU)]) of the whole split; see `dense.evaluate`."""
+        return dense.evaluate(
+            *(self.task, params, self._reader.eval_batches()),
+            mesh=self._mesh,
+            total=len(self._reader),
+            label=label,
+            inference=self._inference,
+        )
 
     def examples(self, params: Mapping[str, Any], indices: list[int]):
-        """(image and mask, probability) of some examples; see `dense.probabilities`."""
+        """What is predicted for some examples; see `dense.predictions`."""
         batches = self._reader.subset(indices)
-        return list(dense.probabilities(self.task, params, batches, mesh=self._mesh))
+        return list(dense.predictions(self.task, params, batches, mesh=self._mesh))
+
+
+def _inference(config: ml_collections.ConfigDict) -> dense.Inference | None:
+    """How the config wants images predicted in evaluation; None for once and whole."""
+    e = config.eval
+    how = dense.Inference(tuple(e.scales), e.flip, tuple(e.window), e.overlap)
+    if how == dataclasses.replace(dense.Inference(), overlap=e.overlap):
+        return None
+    if jax.process_count() > 1:
+        raise ConfigError("config.eval.scales, flip and window are for one process")
+    return how
 
 
 def _validation(config, task, frozen, frozen_on_mesh, digest, mesh):
@@ -144,7 +208,8 @@ def _validation(config, task, frozen, frozen_on_mesh, digest, mesh):
         return None
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        metrics, _ = score(merge_params(state.best_params, frozen_on_mesh), label="validate")
+        params = task.predicting(merge_params(state.best_params, frozen_on_mesh), state.extra)
+        metrics, _ = score(params, label="validate")
         return {k: v for k, v in metrics.items() if isinstance(v, float)}
 
     return evaluate_state
@@ -157,7 +222,7 @@ class Run:
     Attributes:
       config: as stored, with the overrides of this call.
       task: for images of the size it was trained on.
-      params: the whole parameter tree, on the mesh.
+      params: the whole parameter tree (and running statistics), on the mesh.
       frozen: the part of it that was not trained.
       digest: identifies the frozen part.
       step: of the checkpoint.
@@ -165,7 +230,7 @@ class Run:
     """
 
     config: ml_collections.ConfigDict
-    task: SegmentationTask
+    task: DenseTask
     params: Mapping[str, Any]
     frozen: Mapping[str, Any]
     digest: str
@@ -190,12 +255,13 @@ def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
       CheckpointError: there is no checkpoint that can be read.
     """
     config, description = folder.load(workdir, overrides)
-    task = SegmentationTask(
-        model=make_model(config, description.variant),
+    task = make_task(
+        config,
+        make_model(config, description.variant, description.names),
         size=description.size,
+        names=description.names,
         categories=description.categories,
-        loss_weights=config.loss.to_dict(),
-        threshold=config.eval.threshold,
+        class_weights=description.class_weights,
     )
     mesh = partition.make_mesh()
     state, frozen = _abstract(config, task, mesh)
@@ -206,15 +272,15 @@ def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
         raise ConfigError(f"--workdir={workdir} holds no checkpoint yet")
     state, step = restored
     frozen = restore_frozen(workdir, frozen)
-    params = merge_params(state.best_params, frozen)
+    params = task.predicting(merge_params(state.best_params, frozen), state.extra)
     return Run(config, task, params, frozen, description.frozen_sha256, step, mesh)
 
 
-def _abstract(config, task: SegmentationTask, mesh: Mesh) -> tuple[TrainState, Any]:
+def _abstract(config, task: DenseTask, mesh: Mesh) -> tuple[TrainState, Any]:
     """Shapes and shardings of (the state, the frozen parameters) of a config."""
     params = jax.eval_shape(task.init, jax.random.key(0))
-    trained, frozen = split_params(params, frozen_paths(config))
-    optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1))
+    trained, frozen = split_params(params, frozen_paths(config, task.model.backbone.variant))
+    optimizer = make_optimizer(config, task, optim.make_schedule(config.optim, 1))
     average = config.optim.average
     state = jax.eval_shape(lambda p: loop.make_state(task, p, optimizer, average), trained)
     layout = config.sharding.params
@@ -236,7 +302,7 @@ def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         config,
         run.task,
         config.eval.split,
-        categories=tuple(config.eval.categories) or None,
+        categories=tuple(config.eval.get("categories", ())) or None,
         frozen=run.host(run.frozen),
         digest=run.digest,
         mesh=run.mesh,
@@ -265,15 +331,14 @@ def _report(run: Run, workdir: Path, score: Scorer, result, images) -> None:
     examples = score.examples(run.params, [index for _, index, _ in picked])
     if jax.process_index() != 0:
         return
-    rows = [
-        (f"{label}\nIoU {iou:.3f}", shown["image"], shown["mask"], chance >= run.task.threshold)
-        for (label, _, iou), (shown, chance) in zip(picked, examples, strict=True)
-    ]
+    labels = [f"{label}\nIoU {iou:.3f}" for label, _, iou in picked]
     report.write(
         workdir / "report",
         title=f"{run.config.head.name} on {run.config.data.name}",
         result=result,
         metrics=read_metrics(workdir),
-        examples=rows,
+        examples=list(zip(labels, examples, strict=True)),
+        names=run.task.names,
+        asked=queries(run.task.names) if run.config.task == "attention" else (),
         config=json.dumps(run.config.to_dict(), indent=2),
     )

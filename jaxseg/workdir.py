@@ -36,6 +36,8 @@ class Description:
       categories: of the training data.
       frozen_sha256: of the frozen parameters; empty where all are trained.
       examples: number of training images, from which schedules count epochs; 0 where none does.
+      names: of the values in masks; empty where there are none.
+      class_weights: of the classes in the loss; empty for equal ones.
     """
 
     variant: backbones.AnyVariant
@@ -43,6 +45,8 @@ class Description:
     categories: tuple[str, ...]
     frozen_sha256: str
     examples: int = 0
+    names: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self) | {"variant": backbones.to_json(self.variant)}
@@ -57,6 +61,8 @@ class Description:
                 tuple(value["categories"]),
                 value["frozen_sha256"],
                 value["examples"],
+                tuple(value.get("names", ())),
+                tuple(value.get("class_weights", ())),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"model.json is damaged or of another version: {error!r}") from error

@@ -13,11 +13,12 @@ ALLOWED = {
     "losses": {"ops"},
     "models": {"ops"},
     "metrics": {"ops"},
+    "multiclass_metrics": {"ops", "metrics"},
     "weights": {"ops", "models"},
     "data": {"ops"},
-    "tasks": {"ops", "losses", "models", "metrics"},
+    "tasks": {"ops", "losses", "models", "metrics", "multiclass_metrics"},
     "train": {"ops", "losses", "models", "metrics", "tasks"},
-    "evaluate": {"ops", "losses", "models", "metrics", "tasks", "train"},
+    "evaluate": {"ops", "losses", "models", "metrics", "multiclass_metrics", "tasks", "train"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -10,6 +10,9 @@ import numpy as np
 
 matplotlib.use("agg")  # Reports are made where there is no screen.
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+
+from jaxseg.evaluate.palette import VOID_COLOR, colorize, palette
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
@@ -74,28 +77,153 @@ def overlay(image: np.ndarray, prediction: np.ndarray, *, opacity: float = 0.5) 
 
 
 def plot_examples(
-    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], path: Path
+    rows: Sequence[tuple[str, Mapping[str, np.ndarray]]], path: Path, *, names: Sequence[str] = ()
 ) -> None:
     """Rows of image | mask | prediction | error.
 
     Args:
-      rows: (label, image uint8 HxWx3, mask uint8 HxW, prediction bool HxW).
+      rows: (label, {image uint8 HxWx3, mask uint8 HxW, prediction uint8 HxW}).
       path: of the PNG.
+      names: of the masks' values; more than two get colours and a legend.
     """
-    height, width = rows[0][1].shape[:2]
+    height, width = rows[0][1]["image"].shape[:2]
     figure, axes = plt.subplots(
-        len(rows), 4, figsize=(12, 3 * len(rows) * height / width + 0.5), squeeze=False
+        len(rows), 4, figsize=(12, 3 * len(rows) * height / width + 0.8), squeeze=False
     )
+    draw = _class_pictures if len(names) > 2 else _object_pictures
     for axis, title in zip(axes[0], ("image", "mask", "prediction", "error"), strict=True):
         axis.set_title(title)
-    for (label, image, mask, prediction), line in zip(rows, axes, strict=True):
-        void = np.where(mask == 255, 128, mask * 255).astype(np.uint8)
-        pictures = (image, void, overlay(image, prediction), error_picture(image, mask, prediction))
+    for (label, shown), line in zip(rows, axes, strict=True):
+        pictures = draw(shown["image"], shown["mask"], shown["prediction"])
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(label)
+    if len(names) > 2:
+        _legend(figure, names)
+    else:
+        figure.tight_layout()
+    _save(figure, path)
+
+
+def _object_pictures(image, mask, prediction) -> tuple[np.ndarray, ...]:
+    void = np.where(mask == 255, 128, mask * 255).astype(np.uint8)
+    found = prediction.astype(bool)
+    return image, void, overlay(image, found), error_picture(image, mask, found)
+
+
+def _class_pictures(image, mask, prediction) -> tuple[np.ndarray, ...]:
+    wrong = (image * 0.35).astype(np.uint8)
+    wrong[(mask != prediction) & (mask != 255)] = _MISSED
+    return image, colorize(mask), colorize(prediction), wrong
+
+
+def plot_queries(
+    rows: Sequence[tuple[str, Mapping[str, np.ndarray]]],
+    path: Path,
+    *,
+    names: Sequence[str],
+    asked: Sequence[int],
+) -> None:
+    """For each image and class asked for: the mask that is answered, and below it the attention.
+
+    Args:
+      rows: as in `plot_examples`, with `answers` `Q x H x W` (probabilities) and `attention` `Q x h x w`.
+      path: of the PNG.
+      names, asked: of the masks' values, and which of them are asked for.
+    """
+    height, width = rows[0][1]["image"].shape[:2]
+    columns = 2 + len(asked)
+    figure, axes = plt.subplots(
+        2 * len(rows),
+        columns,
+        figsize=(2 * columns, 4 * len(rows) * height / width + 0.5),
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, (_, shown) in enumerate(rows):
+        above, below = axes[2 * number], axes[2 * number + 1]
+        above[0].imshow(shown["image"])
+        above[1].imshow(colorize(shown["mask"]))
+        above[1].set_title("truth", fontsize="small")
+        for q, value in enumerate(asked):
+            present = "present" if (shown["mask"] == value).any() else "absent"
+            above[2 + q].imshow(overlay(shown["image"], shown["answers"][q] >= 0.5))
+            above[2 + q].set_title(f"{names[value]}? ({present})", fontsize="small")
+            below[2 + q].imshow(shown["attention"][q], cmap="magma")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def plot_comparison(
+    rows: Sequence[tuple[float, Mapping[str, Any]]], path: Path, *, names: Sequence[str]
+) -> None:
+    """For each image: the image, the truth, and the mask of every method.
+
+    Args:
+      rows: (share of pixels that differ, {name, image, mask, masks: {method: uint8 HxW}}).
+      path: of the PNG.
+      names: of the masks' values.
+    """
+    methods = list(rows[0][1]["masks"])
+    columns = 2 + len(methods)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(3 * columns, 2.4 * len(rows) + 0.8), squeeze=False
+    )
+    for (share, shown), line in zip(rows, axes, strict=True):
+        pictures = [shown["image"], colorize(shown["mask"])]
+        pictures += [colorize(shown["masks"][m]) for m in methods]
+        titles = [f"{shown['name']}\n{share:.0%} differ", "truth", *methods]
+        for axis, picture, title in zip(line, pictures, titles, strict=True):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize="small")
+            axis.axis("off")
+    _legend(figure, names)
+    _save(figure, path)
+
+
+def plot_method_bars(values: Mapping[str, Mapping[str, float | None]], path: Path) -> None:
+    """Grouped bars: for each class one bar of each method."""
+    names = list(next(iter(values.values())))
+    figure, axis = plt.subplots(figsize=(max(7, 0.9 * len(names)), 3.8))
+    width = 0.8 / len(values)
+    for number, (method, scores) in enumerate(values.items()):
+        places = np.arange(len(names)) + (number - (len(values) - 1) / 2) * width
+        axis.bar(places, [scores[n] or 0.0 for n in names], width, label=method)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set(ylabel="IoU", ylim=(0, 1))
+    axis.legend(fontsize="small")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _legend(figure, names: Sequence[str]) -> None:
+    """Lays the figure out above a legend of the classes' colours."""
+    colors = palette(len(names)) / 255
+    patches = [Patch(color=c, label=n) for c, n in zip(colors, names, strict=True)]
+    patches.append(Patch(color=np.array(VOID_COLOR) / 255, label="void"))
+    figure.legend(handles=patches, loc="lower center", ncols=7, fontsize="small")
+    figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
+
+
+def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """The confusion matrix `K x K` (true, predicted), as shares of each true class."""
+    counts = np.asarray(confusion, np.float64)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = 0.45 * len(names) + 2.5
+    figure, axis = plt.subplots(figsize=(side, side))
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 24:
+        for i, j in np.ndindex(*shares.shape):
+            if counts[i].sum() and shares[i, j] >= 0.005:
+                color = "white" if shares[i, j] > 0.5 else "black"
+                text = f"{100 * shares[i, j]:.0f}"
+                axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="predicted", ylabel="true", title="share of the true class, %")
     figure.tight_layout()
     _save(figure, path)
 
@@ -105,7 +233,7 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
     loss = [(r["step"], r["loss"]) for r in metrics if "loss" in r]
     scores = {
         key: [(r["step"], r[f"val_{key}"]) for r in metrics if f"val_{key}" in r]
-        for key in ("iou", "foreground_iou", "boundary_iou", "knn", "rotation_accuracy")
+        for key in ("miou", "iou", "foreground_iou", "boundary_iou", "knn", "rotation_accuracy")
     }
     scores = {key: points for key, points in scores.items() if points}
     if not loss:
@@ -131,15 +259,13 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
     return True
 
 
-def plot_categories(result: Mapping[str, Any], path: Path) -> None:
-    """Bars of foreground IoU by category."""
-    names = sorted(result["categories"])
-    values = [result["categories"][n]["foreground_iou"] or 0.0 for n in names]
-    figure, axis = plt.subplots(figsize=(7, 0.35 * len(names) + 1.2))
-    axis.barh(names, values, color="#009e73")
-    for row, value in enumerate(values):
-        axis.text(value, row, f" {value:.3f}", va="center")
-    axis.set(xlim=(0, 1.1), xlabel="foreground IoU")
+def plot_bars(values: Mapping[str, float | None], path: Path, *, label: str) -> None:
+    """A bar for each name; a value of None has none."""
+    figure, axis = plt.subplots(figsize=(7, 0.35 * len(values) + 1.2))
+    axis.barh(list(values), [v or 0.0 for v in values.values()], color="#009e73")
+    for row, value in enumerate(values.values()):
+        axis.text(value or 0.0, row, " absent" if value is None else f" {value:.3f}", va="center")
+    axis.set(xlim=(0, 1.1), xlabel=label)
     axis.invert_yaxis()
     figure.tight_layout()
     _save(figure, path)
@@ -151,13 +277,26 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def _table(result: Mapping[str, Any]) -> list[list[str]]:
+def _table(result: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """The head, and a line of each category or class, that of all first."""
+
     def cell(value) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    rows = [("all", result), *sorted(result["categories"].items())]
-    head = [key.replace("_", " ") for key in ("category", *_COLUMNS)]
-    return [head, *([name, *(cell(row.get(key)) for key in _COLUMNS)] for name, row in rows)]
+    if "per_class" in result:
+        parts = result["per_class"]
+        columns = ("iou", "accuracy", "precision", "recall", "boundary_iou", "pixels")
+        everything = {
+            **{k: result.get(k) for k in ("precision", "recall", "boundary_iou")},
+            "iou": result["miou"],
+            "accuracy": result["mean_accuracy"],
+        }
+        rows = [("mean", everything), *((n, parts.get(n, {})) for n in names)]
+    else:
+        columns = _COLUMNS
+        rows = [("all", result), *sorted(result["categories"].items())]
+    head = [key.replace("_", " ") for key in ("class", *columns)]
+    return [head, *([name, *(cell(row.get(key)) for key in columns)] for name, row in rows)]
 
 
 def write(
@@ -166,7 +305,9 @@ def write(
     title: str,
     result: Mapping[str, Any],
     metrics: Sequence[Mapping[str, float]],
-    examples: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    examples: Sequence[tuple[str, Mapping[str, np.ndarray]]],
+    names: Sequence[str],
+    asked: Sequence[int] = (),
     config: str,
 ) -> None:
     """Writes the figures and `index.html`.
@@ -176,21 +317,36 @@ def write(
       title: of the page.
       result: what `eval.json` holds.
       metrics: the rows of `metrics.jsonl`.
-      examples: see `plot_examples`.
+      examples: see `plot_examples` and, where classes are asked for, `plot_queries`.
+      names: of the masks' values.
+      asked: the values that are asked for.
       config: is shown as it is.
     """
     captions = {}
     if plot_curves(metrics, folder / "curves.png"):
         captions["curves.png"] = "Training"
-    plot_examples(examples, folder / "examples.png")
-    captions["examples.png"] = "Best, median and worst images (orange: missed, blue: wrongly taken)"
-    plot_categories(result, folder / "categories.png")
-    captions["categories.png"] = "Foreground IoU by category"
+    plot_examples(examples, folder / "examples.png", names=names)
+    several = "per_class" in result
+    errors = "orange: wrong" if several else "orange: missed, blue: wrongly taken"
+    captions["examples.png"] = f"Best, median and worst images ({errors})"
+    if asked:
+        plot_queries(examples, folder / "queries.png", names=names, asked=asked)
+        captions["queries.png"] = "Masks and attention of every class asked for"
+    if several:
+        values = {n: result["per_class"].get(n, {}).get("iou") for n in names}
+        plot_bars(values, folder / "classes.png", label="IoU")
+        captions["classes.png"] = "IoU by class"
+        plot_confusion(np.array(result["confusion"]), names, folder / "confusion.png")
+        captions["confusion.png"] = "Confusion matrix"
+    else:
+        values = {n: v["foreground_iou"] for n, v in sorted(result["categories"].items())}
+        plot_bars(values, folder / "categories.png", label="foreground IoU")
+        captions["categories.png"] = "Foreground IoU by category"
     write_page(
         folder / "index.html",
         title=title,
         lead=f"Split {result['split']}, step {result['step']}.",
-        table=_table(result),
+        table=_table(result, names),
         captions=captions,
         config=config,
     )

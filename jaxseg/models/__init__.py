@@ -5,15 +5,26 @@ from functools import partial
 
 import flax.linen as nn
 
+from jaxseg.models.conditioned import ClassAttention
+from jaxseg.models.deeplab import DeepLabV3, DeepLabV3Plus
 from jaxseg.models.guided import GuidedDecoder
 from jaxseg.models.linear import LinearProbe
 from jaxseg.models.pac import PacCourse, PacJointUpsample
 
-# Each makes a module from the number of output logits.
-HEADS: dict[str, Callable[..., nn.Module]] = {
-    "linear": LinearProbe,
-    "bilinear": partial(LinearProbe, resize="bilinear"),
-    "pac_course": PacCourse,
-    "pac_joint": PacJointUpsample,
-    "guided": GuidedDecoder,
+# By task. Each makes a module: from the number of output logits, or of classes to be asked for.
+HEADS: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "segmentation": {
+        "linear": LinearProbe,
+        "bilinear": partial(LinearProbe, resize="bilinear"),
+        "pac_course": PacCourse,
+        "pac_joint": PacJointUpsample,
+        "guided": GuidedDecoder,
+    },
+    "multiclass": {
+        "linear": partial(LinearProbe, resize="bilinear", norm=True),
+        "guided": GuidedDecoder,
+        "deeplabv3": DeepLabV3,
+        "deeplabv3plus": DeepLabV3Plus,
+    },
+    "attention": {"attention": ClassAttention},
 }

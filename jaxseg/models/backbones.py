@@ -35,9 +35,19 @@ def from_json(value: Mapping[str, Any]) -> AnyVariant:
     return _FAMILIES[fields.pop("family")](**fields)
 
 
-def initial_statistics(module: nn.Module, *inputs) -> Mapping[str, Any]:
+def layers(variant: AnyVariant) -> list[tuple[str, ...]]:
+    """The parameters' names by layer, from the input on; a ViT's final norm belongs to none."""
+    if isinstance(variant, Variant):
+        embedding = ("cls_token", "pos_embed", "register_tokens", "patch_embed")
+        return [embedding, *((f"blocks_{i}",) for i in range(variant.depth))]
+    stages = [tuple(f"layer{i + 1}_{j}" for j in range(n)) for i, n in enumerate(variant.blocks)]
+    return [("conv1", "bn1"), *stages]
+
+
+def initial_statistics(module: nn.Module, *inputs, **named) -> Mapping[str, Any]:
     """The running statistics of batch norm before the first step: mean 0, variance 1; {} for none."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs).get("batch_stats", {})
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
+    shapes = shapes.get("batch_stats", {})
 
     def leaf(path, x):
         return jnp.full(x.shape, float(path[-1].key == "var"), x.dtype)

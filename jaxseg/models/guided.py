@@ -43,10 +43,22 @@ def double(x_BxHxWxC: jax.Array) -> jax.Array:
     return x
 
 
-class TokenContext(nn.Module):
-    """Tokens seen among their neighbours: `B x h x w x width`.
+def standardise(features_BxhxwxC: jax.Array) -> jax.Array:
+    """Each token less its mean and over its deviation, as float32."""
+    x = features_BxhxwxC.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
 
-    Every token is standardised, then projected; residual dilated 3x3 convolutions follow.
+
+def relative(standardised_BxhxwxC: jax.Array) -> jax.Array:
+    """Tokens less the mean of their image: what differs within it, whatever the image is about."""
+    return standardised_BxhxwxC - standardised_BxhxwxC.mean((1, 2), keepdims=True)
+
+
+class TokenContext(nn.Module):
+    """Standardised tokens seen among their neighbours: `B x h x w x width`.
+
+    Every token is projected; residual dilated 3x3 convolutions follow.
 
     Attributes:
       width: channels, a multiple of 8.
@@ -59,10 +71,9 @@ class TokenContext(nn.Module):
     dropout: float = 0.1
 
     @nn.compact
-    def __call__(self, features_BxhxwxC: jax.Array, *, train: bool = False) -> jax.Array:
-        x = features_BxhxwxC.astype(jnp.float32)
-        x = nn.LayerNorm(use_bias=False, use_scale=False, name="standardise")(x)
-        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
+    def __call__(self, tokens_BxhxwxC: jax.Array, *, train: bool = False) -> jax.Array:
+        drop = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)
+        x = drop(tokens_BxhxwxC)
         x = nn.gelu(nn.GroupNorm(8, name="norm")(nn.Dense(self.width, name="project")(x)))
         for i, d in enumerate(self.dilations):
             y = nn.Conv(self.width, (3, 3), kernel_dilation=(d, d), name=f"dilated{i}")(x)
@@ -74,7 +85,9 @@ class GuidedDecoder(nn.Module):
     """Segmentation head: token context, then an image-guided decoder in space-to-depth form.
 
     The logits are the context's own, upsampled bilinearly, plus a correction by the decoder which
-    starts at zero; so the context learns from the first step, and the decoder only sharpens.
+    starts at zero; so the context learns from the first step, and the decoder only sharpens. With a
+    `prior` the context's logits are added to those of a linear classifier of tokens relative to their
+    image, which is not trained with the rest but solved for (`train.ridge`).
 
     Attributes:
       outputs: number of logits per pixel, K.
@@ -82,6 +95,7 @@ class GuidedDecoder(nn.Module):
       dilations: of the context's convolutions.
       dropout: of feature channels, in training.
       guide_widths: channels at 1/2, 1/4, 1/8, ... of the image; the last one repeats.
+      prior: whether there is a linear prior; its parameters, `prior`, start at zero.
     """
 
     outputs: int = 1
@@ -89,6 +103,7 @@ class GuidedDecoder(nn.Module):
     dilations: tuple[int, ...] = (1, 2, 4)
     dropout: float = 0.1
     guide_widths: tuple[int, ...] = (16, 32, 64)
+    prior: bool = False
 
     @nn.compact
     def __call__(
@@ -103,10 +118,20 @@ class GuidedDecoder(nn.Module):
           ValueError: if the sizes do not differ by the same power of two.
         """
         n = stages(features_BxhxwxC, image_BxHxWx3)
+        tokens = standardise(features_BxhxwxC)
         x = TokenContext(self.width, self.dilations, self.dropout, name="context")(
-            features_BxhxwxC, train=train
+            tokens, train=train
         )
         context = nn.Dense(self.outputs, name="classify")(x)
+        if self.prior:
+            zero = nn.initializers.zeros
+            prior = nn.Dense(self.outputs, kernel_init=zero, name="prior")(relative(tokens))
+            # In training half of the images go without: the prior fits those best which it was
+            # solved for, and would leave the rest of the head little to learn.
+            if train:
+                key = self.make_rng("dropout")
+                prior *= jax.random.bernoulli(key, 0.5, (len(prior), 1, 1, 1))
+            context += prior
         pyramid = self._pyramid(image_BxHxWx3, n - 1)
         logits = context
         for level in range(n - 1, 0, -1):

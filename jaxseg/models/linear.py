@@ -16,10 +16,12 @@ class LinearProbe(nn.Module):
     Attributes:
       outputs: number of logits, K.
       resize: `nearest`, or `bilinear` for the smoother baseline, which is trained at full resolution.
+      norm: batch norm before the convolution, as DINOv2 evaluates features (Oquab et al. 2023).
     """
 
     outputs: int = 1
     resize: str = "nearest"
+    norm: bool = False
 
     @nn.compact
     def __call__(
@@ -29,10 +31,13 @@ class LinearProbe(nn.Module):
 
         `coarse` is given by the nearest form only: it is what that form is trained on.
         """
-        del train
         init = uniform_fan_in(features_BxhxwxC.shape[-1])
         classify = nn.Dense(self.outputs, kernel_init=init, bias_init=init, name="classify")
-        x = classify(features_BxhxwxC.astype(jnp.float32))
+        x = features_BxhxwxC.astype(jnp.float32)
+        if self.norm:
+            statistics = dict(use_running_average=not train, momentum=0.9, epsilon=1e-5)
+            x = nn.BatchNorm(**statistics, name="norm")(x)
+        x = classify(x)
         if self.resize == "bilinear":
             return resize_bilinear(x, image_BxHxWx3.shape[1:3]), {}
         return resize_nearest(x, image_BxHxWx3.shape[1] // x.shape[1]), {"coarse": x}

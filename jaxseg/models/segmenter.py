@@ -1,4 +1,8 @@
-"""A backbone and a head as one model, from images in [0, 1] to logits."""
+"""A backbone and a head as one model, from images in [0, 1] to logits.
+
+What passes between them is one map `B x h x w x C` (ViT), or the maps of several strides as a mapping
+{stride: map} (ResNet), whose `"auxiliary"` is the last map but one, for auxiliary losses.
+"""
 
 from typing import Any
 
@@ -6,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.models.resnet import ResNet
 from jaxseg.models.vit import ViT
 from jaxseg.ops.resize import resize_bilinear
 
@@ -36,25 +41,42 @@ class Segmenter(nn.Module):
 
     Attributes:
       backbone: gives the features.
-      head: `head(features_BxhxwxC, image_BxHxWx3, train=...) -> (logits_BxHxWxK, aux)`.
-      stride: image pixels per token; a power of two. H and W must be multiples of it.
-      layers: blocks whose patch tokens are concatenated, each after the final norm; -1 is the last.
+      head: `head(features, image_BxHxWx3, train=...) -> (logits_BxHxWxK, aux)`.
+      stride: image pixels per cell of the last map; a power of two. H and W must be multiples of it.
+      layers: blocks of a ViT whose patch tokens are concatenated, each after the final norm; -1 is the
+        last.
       normalization: a key of `NORMALIZATIONS`, applied to what the backbone sees, not to the guide.
+      trains_backbone: whether the backbone's batch norm takes part in training; else it keeps the
+        statistics that it has.
     """
 
-    backbone: ViT
+    backbone: ViT | ResNet
     head: nn.Module
     stride: int
     layers: tuple[int, ...] = (-1,)
     normalization: str = "imagenet"
+    trains_backbone: bool = False
 
-    def features(self, image_BxHxWx3: jax.Array) -> jax.Array:
-        """Features of images in [0, 1]: float32 `B x H/stride x W/stride x C`, C = dim * layers."""
+    def features(
+        self, image_BxHxWx3: jax.Array, *, train: bool = False
+    ) -> jax.Array | dict[Any, jax.Array]:
+        """Features of images in [0, 1], float32.
+
+        Returns:
+          Of a ViT one map `B x H/stride x W/stride x C`, C = dim * layers; of a ResNet its maps by
+          their stride, and "auxiliary".
+        """
         height, width = image_BxHxWx3.shape[1:3]
         if height % self.stride or width % self.stride:
             raise ValueError(
                 f"images of {height}x{width} are no multiple of the stride {self.stride}"
             )
+        if isinstance(self.backbone, ResNet):
+            x = normalize(image_BxHxWx3, self.normalization)
+            stages = self.backbone(x, train=train and self.trains_backbone)["stages"]
+            # Where stages share a stride, the later one replaces the earlier.
+            maps = {height // x.shape[1]: x for x in stages}
+            return {**maps, "auxiliary": stages[-2]}
         patch = self.backbone.variant.patch
         size = (height // self.stride * patch, width // self.stride * patch)
         x = resize_bilinear(image_BxHxWx3, size)
@@ -68,19 +90,23 @@ class Segmenter(nn.Module):
         self,
         image_BxHxWx3: jax.Array,
         *,
-        features_BxhxwxC: jax.Array | None = None,
+        features: Any = None,
         train: bool = False,
+        **inputs: jax.Array,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Logits of images.
 
         Args:
           image_BxHxWx3: float in [0, 1].
-          features_BxhxwxC: what `features` gives for them, if that is at hand; any float dtype.
-          train: whether dropout and the like are on (needs the rng `dropout`).
+          features: what `features` gives for them, if that is at hand; any float dtype.
+          train: whether dropout, batch norm and the like are on (needs the rng `dropout`).
+          **inputs: what else the head takes.
 
         Returns:
           (logits float32 `B x H x W x K`, named extras of the head).
         """
-        if features_BxhxwxC is None:
-            features_BxhxwxC = self.features(image_BxHxWx3)
-        return self.head(features_BxhxwxC.astype(jnp.float32), image_BxHxWx3, train=train)
+        if features is None:
+            features = self.features(image_BxHxWx3, train=train)
+        if not isinstance(features, dict):
+            features = features.astype(jnp.float32)  # they may come from the cache
+        return self.head(features, image_BxHxWx3, train=train, **inputs)

@@ -1,7 +1,7 @@
 """What is learned: a task makes parameters, and a loss of a batch.
 
 A task is any object with the four methods of `Task`. Adding one is a file here, a line in
-`jaxseg/experiment.py` and a config.
+`jaxseg/experiment.py` and a config. Those that predict masks are `dense.DenseTask`s.
 """
 
 from collections.abc import Mapping
@@ -44,15 +44,3 @@ class Task(Protocol):
 
         `params` are those after the step, without the frozen ones.
         """
-
-
-class DenseTask(Task, Protocol):
-    """A task that predicts masks, which `evaluate.dense` scores."""
-
-    def sums(
-        self, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Sums over the valid examples by category, and values of each example."""
-
-    def summarize(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """The metrics of a split, from its added `sums`."""

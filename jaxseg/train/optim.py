@@ -1,5 +1,7 @@
 """Optimiser and learning-rate schedule from a config."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -47,6 +49,7 @@ def make_optimizer(
     steps: int = 1,
     hold: str = "",
     hold_steps: int = 0,
+    layers: Sequence[Sequence[str]] = (),
 ) -> optax.GradientTransformation:
     """Optimiser: clipping of the gradient, then `name` with weight decay.
 
@@ -59,6 +62,8 @@ def make_optimizer(
       steps: length of the run, for the decay.
       hold, hold_steps: tensors whose name begins with `hold` rest for the first steps: no gradient,
         no decay, and no change of the moments (zero gradients would shrink those).
+      layers: names of the backbone's parameters by layer, from the input on. The i-th of L layers
+        has a learning rate lower by `layer_decay` ** (L - i) (Bao et al., BEiT, 2022).
     """
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts += [clip_each(config.clip_each)] if config.clip_each else []
@@ -77,7 +82,19 @@ def make_optimizer(
         )
     else:
         parts.append(direction(0))
+    if layers and config.layer_decay != 1.0:
+        parts.append(_scale_layers(layers, config.layer_decay))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def _scale_layers(layers: Sequence[Sequence[str]], decay: float) -> optax.GradientTransformation:
+    rates = {name: decay ** (len(layers) - i) for i, names in enumerate(layers) for name in names}
+
+    def leaf(path, update):
+        inside = path[0].key == "backbone" and len(path) > 1
+        return update * rates.get(path[1].key, 1.0) if inside else update
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(leaf, updates))
 
 
 def _direction(config, steps: int, first_step: int) -> optax.GradientTransformation:

@@ -131,3 +131,18 @@ def test_what_is_held_ends_as_if_it_had_begun_later(name):
     expected = run(optim.make_optimizer(config, constant), params, grads[4:])
     np.testing.assert_allclose(found["last"], expected["last"], rtol=1e-6)
     np.testing.assert_array_equal(run(held, params, grads[:4])["last"], params["last"])
+
+
+def test_lower_layers_learn_more_slowly():
+    """BEiT's rule: the rate of layer i of L is lower by decay ** (L - i); heads have the full one."""
+    names = [("embed",), ("blocks_0",), ("blocks_1",)]
+    params = {
+        "backbone": {**{n: {"bias": jnp.ones(3)} for (n,) in names}, "norm": {"bias": jnp.ones(3)}},
+        "head": {"blocks_0": {"bias": jnp.ones(3)}},
+    }
+    config = _config(name="sgd", layer_decay=0.5, clip_norm=0.0, weight_decay=0.0)
+    optimizer = optim.make_optimizer(config, optax.constant_schedule(1.0), layers=names)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    got = {k: float(v["bias"][0]) for k, v in updates["backbone"].items()}
+    assert got == pytest.approx({"embed": -0.125, "blocks_0": -0.25, "blocks_1": -0.5, "norm": -1})
+    assert float(updates["head"]["blocks_0"]["bias"][0]) == -1.0

@@ -1,0 +1,157 @@
+"""Several runs on the same images with the same metric: one table, and pictures of where they differ."""
+
+import heapq
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxseg import multiclass_metrics as metrics
+from jaxseg.config import ConfigError
+from jaxseg.evaluate import report
+from jaxseg.experiment import make_source, mask_names
+from jaxseg.metrics import add
+from jaxseg.predict import Predictor
+from jaxseg.run import restore
+from jaxseg.tasks.dense import VOID
+from jaxseg.tasks.multiclass import background
+from jaxseg.train.writers import Progress, write_json
+
+log = logging.getLogger(__name__)
+
+_PICTURES = 8
+_COLUMNS = ("miou", "miou_without_background", "pixel_accuracy", "mean_accuracy", "boundary_iou")
+
+
+def compare(workdirs: Sequence[Path], overrides: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Scores runs on all images of the first one's `eval.split`, at the images' own sizes.
+
+    Writes `comparison.json` and `report/comparison.html` into `output`.
+
+    Args:
+      workdirs: of at least two runs that predict the same classes.
+      overrides: of every run's config, such as `eval.split`.
+      output: a folder, which is created.
+
+    Returns:
+      What is written to `comparison.json`: `{"split", "images", "methods": {name: scores}}`; the
+      first method is "always background", or always the most frequent class where there is none.
+
+    Raises:
+      ConfigError: fewer than two runs, or runs of different classes.
+    """
+    if len(workdirs) < 2:
+        raise ConfigError("--mode=compare needs --workdirs=A,B with at least two runs")
+    runs = {
+        name: restore(path, overrides)
+        for name, path in zip(_names(workdirs), workdirs, strict=True)
+    }
+    first = next(iter(runs.values()))
+    source = make_source(first.config, first.config.eval.split)
+    names = mask_names(source)
+    for name, run in runs.items():
+        if run.task.names != names:
+            raise ConfigError(
+                f"the run {name} predicts {', '.join(run.task.names)}; the data of the first run hold "
+                f"{', '.join(names)}: only runs of the same classes can be compared"
+            )
+    predictors = {name: Predictor(run) for name, run in runs.items()}
+    sums, differing = _score(source, predictors, names)
+    empty = background(names)
+    methods = {n: metrics.summarize(s, names, background=empty) for n, s in sums.items()}
+    result = {"split": first.config.eval.split, "images": len(source), "methods": methods}
+    if jax.process_index() == 0:
+        _write(output, result, differing, names, runs)
+    return result
+
+
+def _names(workdirs: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, or the path where those are not unique."""
+    names = [path.resolve().name for path in workdirs]
+    if len(set(names)) == len(names):
+        return names
+    paths = [str(path) for path in workdirs]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"--workdirs names a run twice: {', '.join(paths)}")
+    return paths
+
+
+def _score(source, predictors: Mapping[str, Predictor], names: Sequence[str]):
+    """(sums of each method, [(share of pixels that differ, example)] of the most different images)."""
+    count = jax.jit(metrics.image_counts, static_argnames=("classes", "background"))
+    options = dict(classes=len(names), background=background(tuple(names)))
+    constant = _most_frequent(source, names)
+    sums: dict[str, Any] = dict.fromkeys((f"always {names[constant]}", *predictors))
+    most: list[tuple[float, int, dict[str, Any]]] = []
+    progress = Progress("compare", len(source))
+    for index in range(len(source)):
+        example = source[index]
+        image, mask = example["image"], example["mask"]
+        masks = {n: p.mask(p(image)) for n, p in predictors.items()}
+        everything = {f"always {names[constant]}": np.full_like(mask, constant), **masks}
+        for name, prediction in everything.items():
+            counts = count(prediction[None], mask[None], mask[None] != VOID, **options)
+            total = jax.tree.map(lambda x: np.asarray(x).sum(0), counts)
+            sums[name] = add(sums[name], total)
+        stack = np.stack(list(masks.values()))
+        share = float(((stack != stack[0]).any(0) & (mask != VOID)).mean())
+        shown = {"name": example["name"], "image": image, "mask": mask, "masks": masks}
+        entry = (share, -index, shown)
+        (heapq.heappush if len(most) < _PICTURES else heapq.heappushpop)(most, entry)
+        progress.update(index + 1)
+    progress.close()
+    return sums, [(share, shown) for share, _, shown in sorted(most, key=lambda e: -e[0])]
+
+
+def _most_frequent(source, names: Sequence[str]) -> int:
+    """The background, or the class with most pixels in (at most 100) images."""
+    empty = background(tuple(names))
+    if empty is not None:
+        return empty
+    step = max(1, len(source) // 100)
+    masks = (source[i]["mask"] for i in range(0, len(source), step))
+    return int(sum(np.bincount(m.ravel(), minlength=256) for m in masks)[: len(names)].argmax())
+
+
+def _write(output: Path, result, differing, names, runs) -> None:
+    try:
+        (output / "report").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={output}: {error}") from error
+    write_json(output / "comparison.json", result)
+    methods = result["methods"]
+
+    def cell(value) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    head = ["method", *(c.replace("_", " ") for c in _COLUMNS), *names]
+    table = [head] + [
+        [
+            name,
+            *(cell(scores.get(c)) for c in _COLUMNS),
+            *(cell(scores["per_class"][n]["iou"]) for n in names),
+        ]
+        for name, scores in methods.items()
+    ]
+    report.plot_comparison(differing, output / "report" / "comparison.png", names=names)
+    report.plot_method_bars(
+        {m: {n: s["per_class"][n]["iou"] for n in names} for m, s in methods.items()},
+        output / "report" / "comparison_classes.png",
+    )
+    report.write_page(
+        output / "report" / "comparison.html",
+        title="Comparison",
+        lead=f"{result['images']} images of split {result['split']}, at their own sizes; IoU by class.",
+        table=table,
+        captions={
+            "comparison_classes.png": "IoU by class",
+            "comparison.png": "Images on which the methods differ most",
+        },
+        config=json.dumps({n: r.config.to_dict() for n, r in runs.items()}, indent=2),
+    )
+    for row in table:
+        print("  ".join(f"{c:>10s}" if i else f"{c:24s}" for i, c in enumerate(row[:6])))
