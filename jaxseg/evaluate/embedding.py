@@ -139,6 +139,6 @@ def plot_tsne(
     if 0 < len(present) <= _LEGEND:
         for index in present:
             axes[0, 0].scatter([], [], color=colors[index], label=names[index])
-        figure.legend(loc="outside lower center", ncols=min(10, len(present)), fontsize=9)
+        figure.legend(loc="outside lower center", ncols=min(3 * len(shown), 10), fontsize=9)
     figures.save(figure, path)
     return [label for label, _, _ in shown]

@@ -282,3 +282,21 @@ def test_drawing_is_fast():
         source[i]
         times.append(time.process_time() - start)
     assert np.median(times) < 0.05
+
+
+def test_scenes_are_the_same_images_with_every_kind():
+    for index in range(5):
+        fish = shapes.Shapes("val")[index]
+        scene = shapes.Scenes("val")[index]
+        np.testing.assert_array_equal(scene["image"], fish["image"])
+        number = shapes.Scenes.mask_names.index("fish")
+        np.testing.assert_array_equal(scene["mask"] == number, fish["mask"] == 1)
+        # Something else is there as well, and no value has no name.
+        others = set(np.unique(scene["mask"])) - {0, number}
+        assert others and max(others) < len(shapes.Scenes.mask_names)
+
+
+def test_every_kind_occurs_in_scenes():
+    source = shapes.Scenes("val", size=(64, 64))
+    found = set().union(*(np.unique(source[i]["mask"]) for i in range(60)))
+    assert found == set(range(len(source.mask_names)))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxseg import data
-from jaxseg.data import DataError, fit, placement, working_size
+from jaxseg.data import DataError, fit, placement, sources, working_size
 
 
 class Sized:
@@ -140,3 +140,10 @@ def test_create_shapes():
     assert fit(source[0], (32, 48))["mask"].shape == (32, 48)
     with pytest.raises(ValueError, match="dragon"):
         data.create("shapes", "train", categories=["dragon"])
+
+
+def test_a_part_of_a_source_knows_its_classes():
+    scenes = data.create("scenes", "train", length=4)
+    part = sources.Some(scenes, 2)
+    assert part.mask_names == scenes.mask_names and len(part) == 2
+    assert not hasattr(sources.Some(data.create("shapes", "train", length=4), 2), "mask_names")

@@ -113,6 +113,22 @@ def test_tensor_features(root):
     assert not source[2]["mask"].any()
 
 
+def test_several_classes(root):
+    """Values 3 and 1 are the classes 0 and 1, value 2 is void."""
+    source = data.create(
+        "tfds", "train", root=root, dataset="tiny_pets", classes=("a", "b"), ids=(3, 1), void=(2,)
+    )
+    assert source.mask_names == ("a", "b")
+    trimap = pixels(4)[1]
+    want = np.select([trimap == 3, trimap == 1], [0, 1], 255)
+    np.testing.assert_array_equal(source[4]["mask"], want)
+    options = dict(root=root, dataset="tiny_pets", classes=("a", "b"))
+    with pytest.raises(DataError, match="values 2, 3 are neither classes .*nor void"):
+        data.create("tfds", "train", **options)[0]
+    with pytest.raises(DataError, match="2 classes in data.classes, 1 values in data.tfds.ids"):
+        data.create("tfds", "train", **options, ids=(1,))
+
+
 def test_truncated_images_are_errors(root):
     """TFDS's own decoder would show them half grey, and make Pillow accept others too."""
     source = create(root, image_key="damaged", mask_key="damaged", foreground=(1,))

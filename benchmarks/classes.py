@@ -1,0 +1,114 @@
+"""Training and prediction of a multi-class segmenter: images/s, and the share of the peak.
+
+    python benchmarks/classes.py                                      # 480x360, ViT-S/14 and ResNet-50
+    python benchmarks/classes.py --size 512 1024 --precision=bfloat16 --batch=16 --accelerator
+
+Prints one markdown table. FLOPs are those of the compiled program as XLA counts them; the peak is the
+rate of one large matrix product in the same precision, measured in the same run. `cached` trains the
+head alone, on features that are at hand, as a frozen backbone allows.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.deeplab_multiclass import get_config  # noqa: E402
+from jaxseg import run  # noqa: E402
+from jaxseg.experiment import frozen_paths, make_model, make_task  # noqa: E402
+from jaxseg.models.backbones import BACKBONES  # noqa: E402
+from jaxseg.train import loop, optim  # noqa: E402
+from jaxseg.train.state import split_params  # noqa: E402
+
+NAMES = tuple(f"class {i}" for i in range(11))
+
+
+def best_time(function, *arguments, repeats: int) -> float:
+    """Best seconds of a call, after one that warms up."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def rows(args, variant: str, head: str, train: str):
+    """(what, seconds for an image, FLOPs for an image) of training and prediction."""
+    config = get_config("camvid")
+    config.head.name = head
+    config.backbone.update(variant=variant, train=train, precision=args.precision)
+    if variant.startswith("resnet"):
+        config.backbone.stride = 16
+    model = make_model(config, BACKBONES[variant], NAMES)
+    size = tuple(-(-side // model.stride) * model.stride for side in args.size)
+    task = make_task(config, model, size=size, names=NAMES, categories=("all",))
+    params = jax.jit(task.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.array(rng.integers(0, 256, (args.batch, *size, 3), np.uint8)),
+        "mask": jnp.array(rng.integers(0, 11, (args.batch, *size), np.uint8)),
+        "row": jnp.arange(args.batch),
+        "valid": jnp.ones(args.batch, bool),
+    }
+    name = f"{variant}, {head}"
+    if train == "none" and not variant.startswith("resnet"):
+        features = jax.jit(task.features)
+        batch["features"] = features(params, batch["image"])
+    trained, frozen = split_params(params, frozen_paths(config, BACKBONES[variant]))
+    schedule = optim.make_schedule(config.optim, 100)
+    optimizer = run.make_optimizer(config, task, schedule)
+    state = loop.make_state(task, trained, optimizer)
+    step = jax.jit(loop.make_train_step(task, optimizer, seed=0))
+    yield (
+        f"{name}, training" + (", cached" if "features" in batch else ""),
+        *_measure(step, state, frozen, batch, repeats=args.repeats, images=args.batch),
+    )
+    judged = task.predicting(params, state.extra)
+    shown = {"image": batch["image"]}
+    predict = jax.jit(lambda params, batch: task.decide(task.logits(params, batch)[0]))
+    yield (
+        f"{name}, prediction",
+        *_measure(predict, judged, shown, repeats=args.repeats, images=args.batch),
+    )
+
+
+def _measure(function, *arguments, repeats: int, images: int) -> tuple[float, float]:
+    compiled = function.lower(*arguments).compile()
+    flops = compiled.cost_analysis()["flops"]
+    return best_time(compiled, *arguments, repeats=repeats) / images, flops / images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, nargs=2, default=(360, 480), help="height and width")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--accelerator", action="store_true", help="a larger product for the peak")
+    args = parser.parse_args()
+    side = 8192 if args.accelerator else 2048
+    a = jnp.ones((side, side), args.precision)
+    peak = 2 * side**3 / best_time(jax.jit(jnp.dot), a, a, repeats=args.repeats)
+    print(f"{jax.devices()[0].device_kind}, {args.precision}: peak {peak / 1e9:.0f} GFLOP/s\n")
+    print("| what | images/s | GFLOP an image | share of the peak |")
+    print("|---|---|---|---|", flush=True)
+    for variant, head, train in (
+        ("dinov2_vits14", "linear", "none"),
+        ("dinov2_vits14", "deeplabv3plus", "none"),
+        ("resnet50", "deeplabv3plus", "all"),
+    ):
+        for what, seconds, flops in rows(args, variant, head, train):
+            share = flops / seconds / peak
+            print(f"| {what} | {1 / seconds:.2f} | {flops / 1e9:.0f} | {share:.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
