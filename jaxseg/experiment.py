@@ -96,6 +96,11 @@ def make_model(
     }
     if config.head.name == "guided":
         options["prior"] = has_prior(config)
+        if has_prior(config) and not frozen_backbone(config):
+            raise ConfigError(
+                f"config.head.guided.prior is {config.head.guided.prior}; allowed with a backbone "
+                "that is trained: 0"
+            )
     if config.task == "attention":
         head = heads[config.head.name](classes=len(queries(names)), **options)
     else:
@@ -365,19 +370,19 @@ class Reader:
         return loader.eval_batches(source, batch=self._config.eval.batch, **self._options())
 
 
+def check_prior(config: ml_collections.ConfigDict, reader: Reader) -> None:
+    """Raises ConfigError if the prior cannot be solved for: its features must be cached."""
+    if has_prior(config) and not reader.cached:
+        raise ConfigError(
+            "config.head.guided.prior needs cached features: no augmentation but flips, and enough "
+            "config.data.memory_gigabytes, or config.data.cache_dir; or set it to 0"
+        )
+
+
 def fit_prior(
     config: ml_collections.ConfigDict, task: DenseTask, reader: Reader
 ) -> dict[str, np.ndarray]:
-    """The parameters of the guided head's prior, from all training images.
-
-    Raises:
-      ConfigError: the backbone's features are not cached: they must be frozen, and fit in memory.
-    """
-    if not reader.cached:
-        raise ConfigError(
-            "config.head.guided.prior needs cached features: a frozen ViT, no augmentation but flips, "
-            "and config.data.memory_gigabytes or config.data.cache_dir large enough; or set it to 0"
-        )
+    """The parameters of the guided head's prior, from all training images (see `check_prior`)."""
     tokens = jax.jit(lambda x: relative(standardise(x[None]))[0])
     outputs = task.model.head.outputs
 

@@ -20,6 +20,7 @@ from jaxseg.evaluate import dense, report
 from jaxseg.experiment import (
     Backbone,
     Reader,
+    check_prior,
     fit_prior,
     fit_task,
     frozen_paths,
@@ -93,6 +94,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
     mesh = partition.make_mesh()
     reader = Reader(config, task, source, frozen=frozen, digest=digest, train=True)
+    check_prior(config, reader)
     shardings = partition.tree_sharding(mesh, frozen, config.sharding.params)
     frozen_on_mesh = None
     if has_prior(config):

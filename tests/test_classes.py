@@ -148,6 +148,7 @@ def test_compare(trained, tmp_path):
     assert "always background" in page and 'src="comparison.png"' in page
 
 
+@pytest.mark.slow
 def test_compare_refuses_other_classes_and_single_runs(trained, tmp_path):
     one = trained["deeplab"][0]
     with pytest.raises(ConfigError, match="at least two runs"):
@@ -226,6 +227,7 @@ def test_undeclared_ids_are_named(data, tmp_path):
         run.train(_config("deeplab", root), tmp_path / "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "guided", "deeplabv3"])
 def test_other_heads_and_a_resnet(data, tmp_path, head):
     changes = dict(head__name=head, class_weights="median_frequency", eval__report=False)
@@ -238,6 +240,7 @@ def test_other_heads_and_a_resnet(data, tmp_path, head):
     assert run.evaluate(tmp_path / "w", {"eval.report": False}) == result
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_gets_a_prior_that_resuming_keeps(trained, data, tmp_path):
     """The prior is solved for once: the features are frozen, and so is it."""
     changes = dict(head__name="guided", head__guided__width=8, head__guided__prior=1e-2)
