@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from einops import rearrange
 
 from jaxseg import weights
 from jaxseg.config import ConfigError, flatten
@@ -389,8 +390,7 @@ def fit_prior(
     def example(shown):
         x = np.asarray(tokens(shown["features"]))
         h, w, channels = x.shape
-        cells = shown["mask"].reshape(h, shown["mask"].shape[0] // h, w, -1).swapaxes(1, 2)
-        cells = cells.reshape(h * w, -1)
+        cells = rearrange(shown["mask"], "(h i) (w j) -> (h w) (i j)", h=h, w=w)
         values = [1] if outputs == 1 else range(outputs)
         share = np.stack([(cells == v).mean(1) for v in values], 1)
         known = (cells != VOID).mean(1)

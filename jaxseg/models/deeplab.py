@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.models.guided import depth_to_space
 from jaxseg.models.resnet import NORMS
 from jaxseg.ops.resize import resize_bilinear
 
@@ -383,11 +384,5 @@ class DeepLabV3Plus(DeepLabV3):
                 x = nn.gelu(nn.LayerNorm(epsilon=1e-6, name=f"expand_norm{i}")(x))
             # Kernel and stride are the same, so the windows of a transposed convolution never meet.
             x = nn.Dense(factor * factor * width, name=f"expand{i}")(x)
-            x = _depth_to_space(x, factor)
+            x = depth_to_space(x, factor)
         return x
-
-
-def _depth_to_space(x_BxhxwxC: jax.Array, factor: int) -> jax.Array:
-    b, h, w, c = x_BxhxwxC.shape
-    x = x_BxhxwxC.reshape(b, h, w, factor, factor, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * factor, w * factor, c // factor**2)

@@ -9,22 +9,19 @@ half of it, so that a step stays affordable on a CPU.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxseg.models.pac import stages
 
 
 def space_to_depth(x_BxHxWxC: jax.Array) -> jax.Array:
     """Moves 2x2 blocks to channels: `B x H/2 x W/2 x 4C`, H and W even."""
-    b, h, w, c = x_BxHxWxC.shape
-    x = x_BxHxWxC.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h // 2, w // 2, 4 * c)
+    return rearrange(x_BxHxWxC, "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
 
 
-def depth_to_space(x_BxHxWxC: jax.Array) -> jax.Array:
-    """Inverse of `space_to_depth`: `B x 2H x 2W x C/4`."""
-    b, h, w, c = x_BxHxWxC.shape
-    x = x_BxHxWxC.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, 2 * h, 2 * w, c // 4)
+def depth_to_space(x_BxHxWxC: jax.Array, factor: int = 2) -> jax.Array:
+    """Inverse of `space_to_depth`: `B x 2H x 2W x C/4` for a factor of 2."""
+    return rearrange(x_BxHxWxC, "b h w (i j c) -> b (h i) (w j) c", i=factor, j=factor)
 
 
 def double(x_BxHxWxC: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jaxseg.losses.segmentation import binary_loss
 from jaxseg.metrics import image_counts, summarize
@@ -23,10 +24,8 @@ def coarse_labels(mask_BxHxW: jax.Array, factor: int) -> tuple[jax.Array, jax.Ar
       (foreground, valid), boolean `B x h x w`: a token is foreground if any of its pixels is, and
       void if it has no foreground and not one valid pixel.
     """
-    cells = mask_BxHxW.reshape(
-        mask_BxHxW.shape[0], mask_BxHxW.shape[1] // factor, factor, -1, factor
-    )
-    return (cells == 1).any((2, 4)), (cells != VOID).any((2, 4))
+    cells = rearrange(mask_BxHxW, "b (h i) (w j) -> b h w (i j)", i=factor, j=factor)
+    return (cells == 1).any(-1), (cells != VOID).any(-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
