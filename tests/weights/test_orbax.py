@@ -1,0 +1,69 @@
+"""Backbones out of workdirs of every kind of run."""
+
+import json
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxseg import weights
+from jaxseg.models import backbones
+
+VARIANT = backbones.BACKBONES["resnet10_mini"]
+
+
+def _leaf(value):
+    return {"conv1": {"kernel": np.full(3, value, np.float32)}}
+
+
+def _workdir(path, *, state=None, frozen=None):
+    path.mkdir()
+    description = {"variant": backbones.to_json(VARIANT)}
+    (path / "model.json").write_text(json.dumps(description))
+    folders = {path / "checkpoints" / "5" / "default": state, path / "frozen": frozen}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for folder, tree in folders.items():
+            if tree is not None:
+                checkpointer.save(folder.absolute(), {"tree": tree})
+    return path
+
+
+DINO = {
+    "params": {"backbone": _leaf(1)},
+    "extra": {
+        "teacher": {"backbone": _leaf(2)},
+        "teacher_statistics": {"backbone": _leaf(3), "head": _leaf(9)},
+        "student_statistics": {"backbone": _leaf(9), "head": _leaf(9)},
+    },
+}
+ROTATION = {"params": {"backbone": _leaf(2)}, "extra": {"statistics": _leaf(3)}}
+DENSE = {
+    "params": {"backbone": _leaf(1)},
+    "average": {"backbone": _leaf(2)},
+    "extra": {"batch_stats": {"backbone": _leaf(3), "head": _leaf(9)}},
+}
+FROZEN = {"params": {"head": _leaf(9)}, "extra": DENSE["extra"]}
+
+
+@pytest.mark.parametrize(
+    ("state", "frozen"),
+    [(DINO, None), (ROTATION, None), (DENSE, None), (FROZEN, {"backbone": _leaf(2)})],
+    ids=["dino", "rotation", "dense", "frozen"],
+)
+def test_the_trained_backbone_and_its_statistics(tmp_path, state, frozen):
+    loaded = weights.load(_workdir(tmp_path / "w", state=state, frozen=frozen))
+    np.testing.assert_array_equal(loaded.params["conv1"]["kernel"], [2, 2, 2])
+    np.testing.assert_array_equal(loaded.statistics["conv1"]["kernel"], [3, 3, 3])
+    assert loaded.variant == VARIANT
+
+
+def test_frozen_and_trained_layers_are_put_together(tmp_path):
+    state = {"params": {"backbone": {"layer1_0": _leaf(1)}}, "extra": None}
+    frozen = {"backbone": _leaf(2), "head": {"prior": _leaf(9)}}
+    loaded = weights.load(_workdir(tmp_path / "w", state=state, frozen=frozen))
+    assert set(loaded.params) == {"conv1", "layer1_0"} and loaded.statistics == {}
+
+
+def test_nothing_saved_yet(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint yet"):
+        weights.load(_workdir(tmp_path / "w"))
