@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # The working image is as large as those the run was trained on, in the input's own shape, up to
 # this ratio of the sides; its sides are rounded to this many strides, so that few shapes compile.
 _MOST_ELONGATED = 4.0
-_ROUND_STRIDES = 4
+_ROUND_STRIDES = 2
 # Images with more scores than this are predicted tile by tile.
 _LARGE = 64_000_000
 
@@ -35,7 +35,7 @@ def working_shape(
     """(height, width) at which an image is segmented.
 
     An image of the trained shape gets the trained size; others get about its area, in their own
-    proportions, rounded to multiples of `4 * stride`.
+    proportions, rounded to multiples of `2 * stride`.
     """
     if abs(np.log(height / width * trained[1] / trained[0])) < 0.05:
         return trained
