@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.update(name="coco", size=(256, 256))
         config.backbone.layers = (-4, -1)
         config.head.attention.width = 256
+        config.loss.dice = 1.0
         config.optim.update(lr=3e-3, average=0.98)
         # Each image is asked about often: five classes, most of them absent.
         config.train.update(batch=8, epochs=60.0, eval_every=0, log_every=10)

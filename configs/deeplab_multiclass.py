@@ -45,6 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.update(name="coco", size=(256, 256))
         config.backbone.layers = (-4, -1)
         config.head.deeplabv3plus.update(channels=128, reduce=128, low_width=64)
+        config.loss.dice = 1.0
         config.optim.update(lr=3e-3, average=0.98)
         config.train.update(batch=8, epochs=30.0, eval_every=0, log_every=10)
         config.eval.batch = 8
