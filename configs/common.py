@@ -81,7 +81,7 @@ def get_base_config() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict(
         dict(
             batch=16,  # over all devices
-            accumulate=1,  # parts in which a batch is taken, for less memory and the same result
+            accumulate=1,  # parts in which a batch is taken, for less memory (batch norm sees one at a time)
             epochs=20.0,
             min_steps=0,  # at least so many, whatever the epochs say
             steps=0,  # exactly so many; 0 = from epochs

@@ -10,7 +10,8 @@ Presets, after a colon:
             `--config.backbone.weights=`); any folder of images and index masks with a classes.txt.
   coco5     person, bicycle, car, cat, dog in the layout of the Freiburg deep-learning lab
             (`--config.data.root=`), images at 256 x 256.
-  voc       PASCAL VOC 2012 through TFDS, prepared as array_record; ResNet-50, the recipe of the paper.
+  voc       PASCAL VOC 2012 in folders (`{train,val}/{images,labels}`, the masks as released; TFDS has
+            none of them); ResNet-50 and the paper's recipe, weights by `--config.backbone.weights=`.
   finetune  trains the backbone too, lower layers more slowly.
   runlocal  ten steps, to see that everything works.
 """
@@ -50,8 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.train.update(batch=8, epochs=30.0, eval_every=0, log_every=10)
         config.eval.batch = 8
     if "voc" in presets:
-        config.data.update(name="tfds", size=(512, 512), classes=tuple(_VOC.split()))
-        config.data.tfds.update(name="voc/2012", mask_key="labels")
+        config.data.update(name="folder", size=(512, 512), classes=tuple(_VOC.split()))
         config.backbone.update(variant="resnet50", train="all")
         config.head.name = "deeplabv3plus"
         config.head.deeplabv3plus.update(

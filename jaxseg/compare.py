@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxseg import multiclass_metrics as metrics
-from jaxseg.config import ConfigError
+from jaxseg import workdir as folder
+from jaxseg.config import DENSE_TASKS, ConfigError
 from jaxseg.evaluate import report
 from jaxseg.experiment import make_source, mask_names
 from jaxseg.metrics import add
@@ -46,6 +47,10 @@ def compare(workdirs: Sequence[Path], overrides: Mapping[str, Any], output: Path
     """
     if len(workdirs) < 2:
         raise ConfigError("--mode=compare needs --workdirs=A,B with at least two runs")
+    for path in workdirs:
+        task = folder.load(path, overrides)[0].task
+        if task not in DENSE_TASKS:
+            raise ConfigError(f"the run in {path} is one of {task}, which predicts no masks")
     runs = {
         name: restore(path, overrides)
         for name, path in zip(_names(workdirs), workdirs, strict=True)

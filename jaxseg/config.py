@@ -134,11 +134,21 @@ TASK_RANGES: dict[str, dict[str, tuple[float, float]]] = {
         **_GUIDED,
         "label_smoothing": (0, 1),
         "auxiliary": (0, 1e3),
+        **{
+            f"head.{head}.{key}": limits
+            for head in ("deeplabv3", "deeplabv3plus")
+            for key, limits in (("channels", (1, 2**16)), ("dropout", (0, 0.99)))
+        },
+        "head.deeplabv3plus.low_width": (4, 2**16),
         **{f"loss.{name}": (0, 1e9) for name in MULTICLASS},
     },
     "attention": {
         **_DENSE,
         "questions": (1, 1000),
+        "head.attention.width": (1, 2**16),
+        "head.attention.channels": (8, 2**16),
+        "head.attention.low_channels": (8, 2**16),
+        "head.attention.dropout": (0, 0.99),
         **{f"loss.{name}": (0, 1e9) for name in MULTICLASS},
     },
     "rotation": {**_PRETRAINING, "views.size": (8, 4096)},
@@ -285,12 +295,26 @@ def _validate_dense(config: ml_collections.ConfigDict) -> None:
         )
     if not any(config.loss.values()):
         raise ConfigError(f"all of config.loss is 0; give one of {', '.join(config.loss)} a weight")
+    if config.task == "attention":
+        for key in ("channels", "low_channels"):
+            if config.head.attention[key] % 8:
+                raise ConfigError(
+                    f"config.head.attention.{key} is {config.head.attention[key]}; allowed: multiples "
+                    "of 8"
+                )
+    if config.backbone.train == "none" and config.backbone.freeze:
+        raise ConfigError(
+            f"config.backbone.freeze is {config.backbone.freeze}; with config.backbone.train='none' "
+            "all is frozen: allowed is 0"
+        )
     if config.backbone.stride and config.backbone.stride & (config.backbone.stride - 1):
         raise ConfigError(
             f"config.backbone.stride is {config.backbone.stride}; allowed: 0, 4, 8, 16, 32"
         )
     if config.data.name == "images":
-        raise ConfigError("config.data.name='images' has no masks; allowed: shapes, folder, tfds")
+        raise ConfigError(
+            "config.data.name='images' has no masks; allowed: shapes, folder, coco, tfds"
+        )
     if config.task == "segmentation" and config.data.name == "coco":
         raise ConfigError(
             "config.data.name='coco' has several classes; use configs/deeplab_multiclass.py or "

@@ -63,8 +63,8 @@ class Backbone:
 
 def frozen_backbone(config: ml_collections.ConfigDict) -> bool:
     """Whether the whole backbone keeps its values."""
-    choice = config.backbone.train
-    return choice == "none" or (choice == "auto" and bool(config.backbone.weights))
+    choice, some = config.backbone.train, config.backbone.freeze > 0
+    return choice == "none" or (choice == "auto" and bool(config.backbone.weights) and not some)
 
 
 def frozen_paths(config: ml_collections.ConfigDict, variant: AnyVariant) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ def make_source(
 
 def _names(values: Sequence[str]) -> tuple[str, ...]:
     # `--config.data.categories=a,b` arrives as one name.
-    return tuple(name for names in values for name in names.split(","))
+    return tuple(values[0].split(",")) if len(values) == 1 else tuple(values)
 
 
 def mask_names(source: sources.Source) -> tuple[str, ...]:
@@ -199,6 +199,12 @@ def make_task(
     statistics: Mapping[str, Any] | None = None,
 ) -> DenseTask:
     """The task of a config; see `DenseTask` for the arguments."""
+    least = {"multiclass": len(names) >= 2, "attention": len(queries(names)) >= 1}
+    if not least.get(config.task, True):
+        raise ConfigError(
+            f"the data have the classes {', '.join(names)}; {config.task} needs at least two, one of "
+            "them not background"
+        )
     common = dict(
         model=model,
         size=size,

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from jaxseg.evaluate.palette import overlay_classes, palette
 from jaxseg.evaluate.report import overlay
 from jaxseg.evaluate.tiles import default_overlap, predict_tiles
 from jaxseg.run import Run, restore
+from jaxseg.tasks.attention import AttentionTask
+from jaxseg.tasks.multiclass import background
+from jaxseg.tasks.segmentation import SegmentationTask
 from jaxseg.train.writers import Progress
 
 log = logging.getLogger(__name__)
@@ -25,7 +29,7 @@ log = logging.getLogger(__name__)
 # this ratio of the sides; its sides are rounded to this many strides, so that few shapes compile.
 _MOST_ELONGATED = 4.0
 _ROUND_STRIDES = 2
-# Images with more scores than this are predicted tile by tile.
+# Images with more pixels than this are predicted tile by tile.
 _LARGE = 64_000_000
 
 
@@ -41,7 +45,8 @@ def working_shape(
         return trained
     ratio = float(np.clip(height / width, 1 / _MOST_ELONGATED, _MOST_ELONGATED))
     area = trained[0] * trained[1]
-    unit = _ROUND_STRIDES * stride
+    # Small images would be bent by more than a few percent.
+    unit = stride * (_ROUND_STRIDES if min(trained) >= 16 * stride else 1)
     sides = (np.sqrt(area * ratio), np.sqrt(area / ratio))
     return tuple(max(1, round(side / unit)) * unit for side in sides)
 
@@ -83,9 +88,25 @@ class Predictor:
 
     def mask(self, scores: np.ndarray) -> np.ndarray:
         """The mask uint8 `H x W` that scores stand for."""
-        if scores.shape[-1] == 1:
+        if isinstance(self._task, SegmentationTask):
             return (scores[..., 0] >= self._task.threshold).astype(np.uint8)
         return scores.argmax(-1).astype(np.uint8)
+
+    def masks(self, scores: np.ndarray, values: Sequence[int | None]) -> np.ndarray:
+        """uint8 `H x W x len(values)`: where the mask has a value, or for None the mask itself.
+
+        A run that was asked for classes answers for each by itself: where its score reaches 1/2.
+        """
+        mask = self.mask(scores)
+
+        def one(value):
+            if value is None:
+                return mask
+            if isinstance(self._task, AttentionTask) and value != background(self._task.names):
+                return (scores[..., value] >= 0.5).astype(np.uint8)
+            return (mask == value).astype(np.uint8)
+
+        return np.stack([one(value) for value in values], -1)
 
 
 def _resized(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -131,9 +152,10 @@ def predict(
     """Writes a mask and an overlay for every image of `inputs`.
 
     A run of one object class gives `<name>_mask.png` (0/255); one of several `<name>_classes.png`, the
-    class ids with a palette, or, for `classes`, `<name>_<class>_mask.png` of each. Masks have the size and
-    orientation in which the image is seen (EXIF rotation applied). An image that cannot be read is
-    reported and the others go on. Images of tens of megapixels are read and written strip by strip.
+    classes' numbers with a palette, or, for `classes`, `<name>_<class>_mask.png` of each. Masks have
+    the size and orientation in which the image is seen (EXIF rotation applied). An image that cannot
+    be read is reported and the others go on. Images of more than 64 megapixels are read and written
+    strip by strip.
 
     Args:
       workdir: of a trained run.
@@ -186,7 +208,8 @@ def _masks(run: Run, classes: Sequence[str]) -> dict[str, int | None]:
             known = f"the classes {', '.join(names)}" if several else "one class without a name"
             raise ConfigError(f"--classes has {name!r}; the run in --workdir knows {known}")
     if classes:
-        return {f"{name}_mask.png": names.index(name) for name in classes}
+        stems = {name: re.sub(r"[^\w-]+", "_", name) for name in classes}
+        return {f"{stem}_mask.png": names.index(name) for name, stem in stems.items()}
     return {"classes.png": None} if several else {"mask.png": 1}
 
 
@@ -198,20 +221,20 @@ def _predict_one(
     probabilities: bool,
 ) -> list[Path]:
     """Reads one image and writes `<stem>_<ending>` for each of the masks, and overlays."""
-    if is_large(path, _LARGE // predictor.outputs):
+    if is_large(path, _LARGE):
         return _predict_large(predictor, path, stem, masks, probabilities)
     image = read_image(path)
     scores = predictor(image)
     if probabilities:
         with NpyWriter(_beside(stem, "probabilities.npy"), scores.shape, np.float16) as file:
             file.write(scores.astype(np.float16))
-    mask = predictor.mask(scores)
-    for ending, value in masks.items():
+    found = predictor.masks(scores, list(masks.values()))
+    for number, (ending, value) in enumerate(masks.items()):
         if value is None:
-            write_image(_beside(stem, ending), mask, palette=palette())
+            write_image(_beside(stem, ending), found[..., number], palette=palette())
         else:
-            write_mask(_beside(stem, ending), mask == value)
-    return _write_overlays(stem, image, mask, masks)
+            write_mask(_beside(stem, ending), found[..., number])
+    return _write_overlays(stem, image, found, masks)
 
 
 def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
@@ -220,12 +243,12 @@ def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
     Windows show the image's own pixels; the overlay is at most 2048 pixels long.
     """
     image = LargeImage(path)
-    picture, small = Overview(image.size), Overview(image.size)
+    picture, small = Overview(image.size), [Overview(image.size) for _ in masks]
     overlap, margin = default_overlap(predictor.size, predictor.stride)
 
     def keep(scores):
-        mask = predictor.mask(scores)[..., None]
-        return np.concatenate([mask, scores], -1).astype(np.float16) if probabilities else mask
+        found = predictor.masks(scores, list(masks.values()))
+        return np.concatenate([found, scores], -1).astype(np.float16) if probabilities else found
 
     strips = predict_tiles(
         lambda start, stop: picture.add(image.rows(start, stop)),
@@ -249,18 +272,21 @@ def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
             target = _beside(stem, "probabilities.npy")
             scores = files.enter_context(NpyWriter(target, shape, np.float16))
         for strip in strips:
-            mask = small.add(strip[..., 0].astype(np.uint8))
-            for file, value in pngs:
-                file.write(mask if value is None else (mask == value).astype(np.uint8) * 255)
+            found = strip[..., : len(masks)].astype(np.uint8)
+            for number, (file, value) in enumerate(pngs):
+                file.write(found[..., number] * (1 if value is None else 255))
+                small[number].add(found[..., number])
             if probabilities:
-                scores.write(strip[..., 1:])
-    return _write_overlays(stem, picture.image(), small.image(), masks)
+                scores.write(strip[..., len(masks) :])
+    found = np.stack([overview.image() for overview in small], -1)
+    return _write_overlays(stem, picture.image(), found, masks)
 
 
-def _write_overlays(stem: Path, image: np.ndarray, mask: np.ndarray, masks) -> list[Path]:
-    """Writes the overlay beside each mask, and returns the masks' paths."""
-    for ending, value in masks.items():
-        shown = overlay_classes(image, mask) if value is None else overlay(image, mask == value)
+def _write_overlays(stem: Path, image: np.ndarray, found: np.ndarray, masks) -> list[Path]:
+    """Writes the overlay beside each mask (of `found` `H x W x masks`), and returns their paths."""
+    for number, (ending, value) in enumerate(masks.items()):
+        mask = found[..., number]
+        shown = overlay_classes(image, mask) if value is None else overlay(image, mask == 1)
         name = ending.replace("classes.png", "overlay.jpg").replace("mask.png", "overlay.jpg")
         write_image(_beside(stem, name), shown)
     return [_beside(stem, ending) for ending in masks]

@@ -76,6 +76,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         class_weights=make_class_weights(config, source),
         statistics=backbone.statistics,
     )
+    _check_batch(config, task)
     params, frozen = make_params(task, backbone, config)
     digest = params_digest({k: v for k, v in frozen.items() if k == "backbone"})
     description = folder.Description(
@@ -89,6 +90,21 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     folder.begin(workdir, config, description)
     with folder.lock(workdir):
         _train_in(workdir, config, task, source, params, frozen, digest)
+
+
+def _check_batch(config: ml_collections.ConfigDict, task: DenseTask) -> None:
+    """Raises ConfigError where padding of the batch to the devices would change the result."""
+    batch, devices, parts = config.train.batch, jax.device_count(), config.train.accumulate
+    padded = -(-batch // devices) * devices
+    if padded != batch and jax.eval_shape(lambda: task.init_extra({})):
+        raise ConfigError(
+            f"config.train.batch is {batch}; allowed with batch norm on {devices} devices: multiples "
+            f"of {devices} (padding would count in its statistics)"
+        )
+    if padded % parts:
+        raise ConfigError(
+            f"config.train.accumulate is {parts}; allowed on {devices} devices: divisors of {padded}"
+        )
 
 
 def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
@@ -113,7 +129,7 @@ def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
         checkpoint_every=config.train.checkpoint_every,
         average=config.optim.average,
     )
-    learning_rate = optim.make_schedule(config.optim, schedule.steps)
+    learning_rate = optim.make_schedule(config.optim, schedule.steps, batch=config.train.batch)
     loop.Trainer(
         task=dataclasses.replace(task, augmentation=reader.augmentation),
         optimizer=make_optimizer(config, task, learning_rate),
@@ -126,9 +142,13 @@ def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
         seed=config.seed,
         workdir=workdir,
         evaluate=_validation(config, task, frozen, frozen_on_mesh, digest, mesh),
-        best_metric="iou" if config.task == "segmentation" else "miou",
+        best_metric=_best_metric(config),
         accumulate=config.train.accumulate,
     ).run(params, frozen_on_mesh)
+
+
+def _best_metric(config: ml_collections.ConfigDict) -> str:
+    return "iou" if config.task == "segmentation" else "miou"
 
 
 def make_optimizer(config: ml_collections.ConfigDict, task: DenseTask, learning_rate):
@@ -167,7 +187,7 @@ class Scorer:
         self.task = fit_task(task, config, source)
         self._reader = Reader(config, self.task, source, frozen=frozen, digest=digest, train=False)
         self._mesh = mesh
-        self._inference = _inference(config)
+        self._inference = _inference(config, self.task.model.stride)
 
     def __call__(
         self, params: Mapping[str, Any], *, label: str
@@ -184,11 +204,17 @@ class Scorer:
     def examples(self, params: Mapping[str, Any], indices: list[int]):
         """What is predicted for some examples; see `dense.predictions`."""
         batches = self._reader.subset(indices)
-        return list(dense.predictions(self.task, params, batches, mesh=self._mesh))
+        options = dict(mesh=self._mesh, inference=self._inference)
+        return list(dense.predictions(self.task, params, batches, **options))
 
 
-def _inference(config: ml_collections.ConfigDict) -> dense.Inference | None:
+def _inference(config: ml_collections.ConfigDict, stride: int) -> dense.Inference | None:
     """How the config wants images predicted in evaluation; None for once and whole."""
+    if any(side % stride for side in config.eval.window):
+        raise ConfigError(
+            f"config.eval.window is {tuple(config.eval.window)}; allowed: multiples of the stride "
+            f"{stride}"
+        )
     e = config.eval
     how = dense.Inference(tuple(e.scales), e.flip, tuple(e.window), e.overlap)
     if how == dataclasses.replace(dense.Inference(), overlap=e.overlap):
@@ -267,7 +293,7 @@ def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
     )
     mesh = partition.make_mesh()
     state, frozen = _abstract(config, task, mesh)
-    checkpointer = Checkpointer(workdir, read_only=True)
+    checkpointer = Checkpointer(workdir, read_only=True, best_metric=_best_metric(config))
     restored = checkpointer.restore(state, which=config.eval.checkpoint)
     checkpointer.close()
     if restored is None:

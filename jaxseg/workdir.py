@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, and whether a call fits what is in it.
 
 config.json      the config
-model.json       what the config alone does not say: the ViT's shape, the image size, categories
+model.json       what the config alone does not say: the backbone's shape, image size, categories, classes
 checkpoints/     the state at some steps            frozen/     parameters that never change
 metrics.jsonl    one object for each logged step    tensorboard/
 eval.json        the scores                         report/     pictures

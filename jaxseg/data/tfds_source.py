@@ -61,6 +61,10 @@ class Tfds:
         for key in filter(None, (image_key, mask_key, label_key)):
             if key not in features:
                 raise DataError(f"{dataset} has no feature {key!r}; it has {', '.join(features)}")
+        if mask_key and len(features[mask_key].shape) < 2:
+            raise DataError(
+                f"data.tfds.mask_key={mask_key!r} of {dataset} holds no masks but {features[mask_key]}"
+            )
         self.categories = ("object",)
         if label_key and not mask_key:
             self.categories = tuple(features[label_key].names)
@@ -90,7 +94,7 @@ class Tfds:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict:
-        """Reads an example: image uint8 HxWx3, mask uint8 HxW in {0, 1, 255}, category, name."""
+        """Reads an example: image uint8 HxWx3, mask uint8 HxW (255: void), category, name."""
         where = f"{self._where} example {index}"
         if not 0 <= index < len(self):
             raise IndexError(f"{where}: there are {len(self)}")

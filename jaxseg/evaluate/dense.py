@@ -31,27 +31,32 @@ class Inference:
     window: tuple[int, int] = (0, 0)
     overlap: float = 0.5
 
-    def step(self, task: DenseTask, mesh: Mesh):
-        """What takes the place of `task.sums`: `(params, batch on the mesh) -> (sums, images)`."""
+    def scores(self, task: DenseTask, mesh: Mesh):
+        """A function `(params, batch) -> scores B x H x W x K` of the batch's images, on the host."""
         score = jax.jit(
             lambda params, image: task.scores(task.logits(params, {"image": image * 255.0})[0]),
             out_shardings=partition.replicated(mesh),
         )
-        count = jax.jit(
-            lambda scores, batch: task.count(task.from_scores(scores), {}, batch),
-            out_shardings=partition.replicated(mesh),
-        )
 
-        def step(params, batch):
+        def scores(params, batch):
             predict = partial(score, params)
             if tuple(self.window) != (0, 0):
                 options = dict(window=tuple(self.window), overlap=self.overlap)
                 predict = partial(sliding_window, predict, **options)
             images = np.asarray(batch["image"])
             options = dict(scales=self.scales, flip=self.flip, multiple=task.model.stride)
-            return count(multi_scale(predict, images, **options), batch)
+            return multi_scale(predict, images, **options)
 
-        return step
+        return scores
+
+    def step(self, task: DenseTask, mesh: Mesh):
+        """What takes the place of `task.sums`: `(params, batch on the mesh) -> (sums, images)`."""
+        scores = self.scores(task, mesh)
+        count = jax.jit(
+            lambda scores, batch: task.count(task.from_scores(scores), {}, batch),
+            out_shardings=partition.replicated(mesh),
+        )
+        return lambda params, batch: count(scores(params, batch), batch)
 
 
 def evaluate(
@@ -100,11 +105,13 @@ def predictions(
     batches: Iterable[Mapping[str, np.ndarray]],
     *,
     mesh: Mesh,
+    inference: Inference | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields image, mask, `prediction` (uint8 `H x W`) and the head's attention if it has any.
 
     Of each valid example, in order; the same on every process. `attention` and `answers` are
-    `Q x h x w` and `Q x H x W`, of a task that is asked for classes.
+    `Q x h x w` and `Q x H x W`, of a task that is asked for classes (once and whole, whatever
+    `inference` says).
     """
 
     def step(params, batch):
@@ -114,7 +121,11 @@ def predictions(
         return {**shown, **asked, "prediction": task.decide(logits)}
 
     step = jax.jit(step, out_shardings=partition.replicated(mesh))
+    scores = inference.scores(task, mesh) if inference is not None else None
     for batch in batches:
-        shown = jax.device_get(step(params, partition.put_batch(mesh, batch)))
+        batch = partition.put_batch(mesh, batch)
+        shown = jax.device_get(step(params, batch))
+        if scores is not None:
+            shown["prediction"] = np.asarray(task.decide(task.from_scores(scores(params, batch))))
         for row in np.flatnonzero(shown["valid"]):
             yield {k: v[row] for k, v in shown.items()}

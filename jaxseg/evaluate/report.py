@@ -205,7 +205,8 @@ def _legend(figure, names: Sequence[str]) -> None:
     patches = [Patch(color=c, label=n) for c, n in zip(colors, names, strict=True)]
     patches.append(Patch(color=np.array(VOID_COLOR) / 255, label="void"))
     figure.legend(handles=patches, loc="lower center", ncols=7, fontsize="small")
-    figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
+    lines = -(-len(patches) // 7)
+    figure.tight_layout(rect=(0, (0.1 + 0.2 * lines) / figure.get_figheight(), 1, 1))
 
 
 def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:

@@ -10,7 +10,7 @@ rather than elsewhere: that it is nowhere must be told from values which do not 
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -50,6 +50,8 @@ class ClassAttention(nn.Module):
         statistics depend on how many of the classes asked for are present: half of them or more in
         training, few when all are asked in turn. With groups each image and query stands alone.
     """
+
+    several_maps: ClassVar[bool] = True
 
     outputs: int = 2
     classes: int = 5

@@ -7,6 +7,7 @@ strings ("16"): the arguments of a jitted function must not mix them with the ke
 
 from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -270,6 +271,8 @@ class DeepLabV3(nn.Module):
       reduce: channels to which 1x1, norm and ReLU bring the deepest map first; 0 leaves it as it is.
       auxiliary: whether `AuxiliaryHead` adds logits.
     """
+
+    several_maps: ClassVar[bool] = True
 
     outputs: int = 1
     channels: int = 256

@@ -41,7 +41,8 @@ class Segmenter(nn.Module):
 
     Attributes:
       backbone: gives the features.
-      head: `head(features, image_BxHxWx3, train=...) -> (logits_BxHxWxK, aux)`.
+      head: `head(features, image_BxHxWx3, train=...) -> (logits_BxHxWxK, aux)`. One whose class has
+        `several_maps` gets all maps of a ResNet, others the deepest.
       stride: image pixels per cell of the last map; a power of two. H and W must be multiples of it.
       layers: blocks of a ViT whose patch tokens are concatenated, each after the final norm; -1 is the
         last.
@@ -109,4 +110,6 @@ class Segmenter(nn.Module):
             features = self.features(image_BxHxWx3, train=train)
         if not isinstance(features, dict):
             features = features.astype(jnp.float32)  # they may come from the cache
+        elif not getattr(self.head, "several_maps", False):
+            features = features[max(key for key in features if isinstance(key, int))]
         return self.head(features, image_BxHxWx3, train=train, **inputs)

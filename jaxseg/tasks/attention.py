@@ -98,7 +98,7 @@ class AttentionTask(DenseTask):
         return jnp.log(jnp.maximum(scores, 1e-6)), {"answers": chances, "attention": attention}
 
     def decide(self, logits: jax.Array) -> jax.Array:
-        """The value with the highest score: background where no class reaches one half."""
+        """The value with the highest score; the background, if there is one, where none reaches 1/2."""
         return logits.argmax(-1).astype(jnp.uint8)
 
     def scores(self, logits: jax.Array) -> jax.Array:

@@ -105,8 +105,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns `step(state, frozen, batch) -> (state, scalars)`; randomness is from (seed, step).
 
-    With `accumulate` the batch is taken in so many parts, one after the other, for the same result
-    in less memory: loss, gradient and statistics are averaged, weighted by the parts' valid examples.
+    With `accumulate` the batch is taken in so many parts, one after the other, for less memory: loss,
+    gradient and statistics are averaged, weighted by the parts' valid examples. That is the step of
+    the whole batch, but that batch norm sees one part at a time, and a task may draw its noise by part.
     """
 
     def step(state: TrainState, frozen, batch):

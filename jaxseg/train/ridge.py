@@ -18,7 +18,7 @@ def fit(
 
     Args:
       examples: (features `N x C`, targets `N x K` in [-1, 1], weights `N`, not negative) of images.
-      penalty: of the squared weights, relative to the features' mean square.
+      penalty: of the squared weights and bias, relative to the mean square of features and the 1 beside.
 
     Returns:
       (kernel float32 `C x K`, bias float32 `K`); a product with features gives log odds.

@@ -1,4 +1,4 @@
-"""Pretrained backbones: from a catalogue name or a file to parameters of our ViT."""
+"""Pretrained backbones: from a catalogue name or a file to parameters of ours."""
 
 import dataclasses
 import hashlib
