@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import attention_singleclass, deeplab_multiclass
+from configs import attention_singleclass, deeplab_multiclass, dino
 from jaxseg import compare, predict, run
 from jaxseg.config import ConfigError
 from jaxseg.data import DataError
+from jaxseg.experiment import frozen_paths
+from jaxseg.models import backbones
 
 CLASSES = ("background", "blob", "bar", "never")
 TINY = {
@@ -71,7 +73,8 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     """{kind: (workdir, result)} of a short run of each method."""
     folder = tmp_path_factory.mktemp("runs")
-    return {kind: (folder / kind, run.train(_config(kind, data), folder / kind)) for kind in HEADS}
+    config = {kind: _config(kind, data, train__eval_every=2) for kind in HEADS}
+    return {kind: (folder / kind, run.train(config[kind], folder / kind)) for kind in HEADS}
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -91,6 +94,14 @@ def test_results_and_report(trained, kind):
     for name in pictures + (["queries.png"] if kind == "attention" else []):
         assert f'src="{name}"' in page
         assert np.asarray(Image.open(workdir / "report" / name).convert("L")).std() > 5
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_best_checkpoint_is_that_of_the_mean_iou(trained, kind):
+    workdir, result = trained[kind]
+    best = run.evaluate(workdir, {"eval.report": False, "eval.checkpoint": "best"})
+    assert best["step"] in (2, 4)
+    assert run.evaluate(workdir, {"eval.report": False}) == result
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -148,6 +159,15 @@ def test_compare(trained, tmp_path):
     assert "always background" in page and 'src="comparison.png"' in page
 
 
+def test_compare_takes_segmenters_alone(trained, tmp_path):
+    (tmp_path / "p").mkdir()
+    config = dino.get_config()
+    (tmp_path / "p" / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "p" / "model.json").write_text((trained["deeplab"][0] / "model.json").read_text())
+    with pytest.raises(ConfigError, match="p is one of dino, which predicts no masks"):
+        compare.compare([trained["deeplab"][0], tmp_path / "p"], {}, tmp_path / "c")
+
+
 @pytest.mark.slow
 def test_compare_refuses_other_classes_and_single_runs(trained, tmp_path):
     one = trained["deeplab"][0]
@@ -173,12 +193,17 @@ def test_predict_classes(trained, data, tmp_path):
     assert opened.mode == "P" and opened.size == (32, 32)
     scores = np.load(tmp_path / "all" / "0_probabilities.npy")
     assert scores.shape == (32, 32, 4) and scores.dtype == np.float16
+    # Each class asked for is answered by itself, whatever the others are.
     paths = predict.predict(workdir, image, tmp_path / "some", {}, classes=("bar", "blob"))
     assert [p.name for p in paths] == ["0_bar_mask.png", "0_blob_mask.png"]
     for path, value in zip(paths, (2, 1), strict=True):
-        np.testing.assert_array_equal(
-            np.asarray(Image.open(path)) == 255, np.asarray(opened) == value
-        )
+        got = np.asarray(Image.open(path)) == 255
+        sure = np.abs(scores[..., value].astype(float) - 0.5) > 1e-3
+        np.testing.assert_array_equal(got[sure], (scores[..., value] >= 0.5)[sure])
+    paths = predict.predict(trained["deeplab"][0], image, tmp_path / "d", {}, classes=("bar",))
+    (all_classes,) = predict.predict(trained["deeplab"][0], image, tmp_path / "d", {})
+    want = np.asarray(Image.open(all_classes)) == 2
+    np.testing.assert_array_equal(np.asarray(Image.open(paths[0])) == 255, want)
     with pytest.raises(
         ConfigError, match="--classes has 'cow'; the run in --workdir knows the classes"
     ):
@@ -212,6 +237,8 @@ def test_large_images_are_predicted_like_others(trained, data, tmp_path, monkeyp
         ),
         ({"backbone.variant": "resnet18", "backbone.stride": 4}, r"allows \(8, 16, 32\)"),
         ({"loss.cross_entropy": 0.0}, "all of config.loss is 0"),
+        ({"backbone.freeze": 1, "backbone.train": "none"}, "config.backbone.freeze is 1; with"),
+        ({"head.deeplabv3plus.dropout": 2.0}, "config.head.deeplabv3plus.dropout is 2.0; allowed"),
     ],
 )
 def test_bad_configs(data, tmp_path, changes, message):
@@ -229,15 +256,34 @@ def test_undeclared_ids_are_named(data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "guided", "deeplabv3"])
-def test_other_heads_and_a_resnet(data, tmp_path, head):
+def test_other_heads_on_a_resnet(data, tmp_path, head):
     changes = dict(head__name=head, class_weights="median_frequency", eval__report=False)
     changes |= dict(head__deeplabv3__channels=16, head__guided__width=8)
+    changes |= dict(backbone__variant="resnet10_mini", backbone__stride=8)
     if head == "deeplabv3":
-        changes |= dict(backbone__variant="resnet10_mini", backbone__stride=8)
         changes |= dict(head__deeplabv3__auxiliary=True, train__accumulate=2)
     result = run.train(_config("deeplab", data, **changes), tmp_path / "w")
     assert np.isfinite(result["loss"]) and 0 <= result["miou"] <= 1
     assert run.evaluate(tmp_path / "w", {"eval.report": False}) == result
+
+
+def test_one_class_is_too_few(tmp_path):
+    root = _write_data(tmp_path / "data", count=2, classes=("background",))
+    for kind in HEADS:
+        with pytest.raises(ConfigError, match="the classes background; .* needs at least two"):
+            run.train(_config(kind, root, data__void=(1, 2)), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_layers_after_the_frozen_ones_are_trained(trained):
+    weights = str(trained["deeplab"][0])
+    config = _config("deeplab", "x", backbone__weights=weights, backbone__freeze=1)
+    variant = backbones.BACKBONES["vit_micro8"]
+    paths = frozen_paths(config, variant)
+    assert "backbone/patch_embed" in paths and "backbone/blocks_0" in paths
+    assert "backbone/blocks_1" not in paths and "backbone" not in paths
+    config.backbone.freeze = 0
+    assert frozen_paths(config, variant) == ("backbone",)
 
 
 @pytest.mark.slow
@@ -251,7 +297,17 @@ def test_a_frozen_backbone_gets_a_prior_that_resuming_keeps(trained, data, tmp_p
     prior = restored.host(restored.frozen["head"]["prior"])
     assert np.abs(prior["kernel"]).max() > 0
     assert run.train(config, tmp_path / "w") == result
-    with pytest.raises(ConfigError, match="prior needs cached features"):
-        run.train(
-            _config("deeplab", data, **(changes | {"backbone__train": "all"})), tmp_path / "v"
-        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("backbone__train", "all", "prior is 0.01; allowed with a backbone that is trained: 0"),
+        ("augment__brightness", 0.1, "prior needs cached features"),
+    ],
+)
+def test_a_prior_needs_frozen_and_cached_features(trained, data, tmp_path, key, value, message):
+    changes = dict(head__name="guided", head__guided__width=8, head__guided__prior=1e-2)
+    changes |= {"backbone__weights": str(trained["deeplab"][0]), key: value}
+    with pytest.raises(ConfigError, match=message):
+        run.train(_config("deeplab", data, **changes), tmp_path / "w")
