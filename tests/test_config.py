@@ -22,7 +22,7 @@ def test_every_experiment_and_preset_is_valid(name):
     module = importlib.import_module(f"configs.{name}")
     for arg in (None, *module.PRESETS):
         config = module.get_config(arg)
-        if config.data.name in ("folder", "images"):
+        if config.data.name in ("folder", "coco", "images"):
             config.data.root = "somewhere"
         checks.validate(config)
         assert set(checks.flatten(config)) == set(checks.flatten(module.get_config()))
@@ -59,7 +59,7 @@ def test_right_overrides_pass():
 @pytest.mark.parametrize(
     "key, value, allowed",
     [
-        ("data.name", "imagenet", "shapes, kinds, folder, images, tfds"),
+        ("data.name", "imagenet", "shapes, kinds, folder, coco, images, tfds"),
         ("head.name", "best", "linear.*pac_course"),
         ("eval.split", "validation", "train, val, test"),
         ("backbone.variant", "vit", "dino_vits16"),
@@ -68,7 +68,7 @@ def test_right_overrides_pass():
         ("augment.flip", 1.5, "0 to 1"),
         ("augment.scale", (2.0, 1.0), "low <= high"),
         ("data.size", (480,), "two numbers"),
-        ("data.root", "x", "data.name=folder"),
+        ("data.root", "x", "data.name=folder, coco or tfds"),
         ("loss.bce", 0.0, "bce, dice"),
         ("head.guided.dropout", 2.0, "0 to 0.99"),
         ("head.guided.width", 12, "multiples of 8"),

@@ -84,7 +84,7 @@ def test_the_image_alone_must_be_a_multiple_of_four():
         _random(ClassAttention(**SMALL), features, np.zeros((2, 16, 26, 3), np.float32), query)
 
 
-@pytest.mark.parametrize("query", [np.zeros((2, 1), np.int32), np.zeros(3, np.int32), np.zeros(2)])
+@pytest.mark.parametrize("query", [np.zeros((3, 1), np.int32), np.zeros(3, np.int32), np.zeros(2)])
 def test_queries_that_are_not_one_integer_an_image_are_named(query):
     features, image, _ = _inputs()
     with pytest.raises(ValueError, match="expected 2 integers"):
@@ -95,6 +95,19 @@ def test_queries_that_are_not_one_integer_an_image_are_named(query):
 def test_unknown_options_are_named(option):
     with pytest.raises(ValueError, match=f"{option} is 'other': allowed are"):
         _random(ClassAttention(**(SMALL | {option: "other"})), *_inputs())
+
+
+def test_several_questions_about_an_image_are_answered_one_by_one():
+    features, image, query = _inputs()
+    head = ClassAttention(**SMALL)
+    variables = _random(head, features, image, query)
+    logits, aux = _apply(head, variables, features, image, query)
+    both = np.stack([query, (query + 1) % 2], 1)
+    many, many_aux = head.apply(variables, features, image, query_B=both)
+    np.testing.assert_allclose(many[:, 0], logits, atol=1e-5)
+    np.testing.assert_allclose(many_aux["attention"][:, 0], aux["attention"], atol=1e-6)
+    other, _ = head.apply(variables, features, image, query_B=both[:, 1])
+    np.testing.assert_allclose(many[:, 1], other, atol=1e-5)
 
 
 def test_encoding_once_serves_all_queries():
