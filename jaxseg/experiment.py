@@ -411,7 +411,8 @@ def fit_prior(
         progress.close()
 
     kernel, bias = ridge.fit(examples(), penalty=config.head.guided.prior)
-    return {"kernel": kernel, "bias": bias}
+    # Half of the log odds: the trained context judges by the same features, and the two are added.
+    return {"kernel": 0.5 * kernel, "bias": 0.5 * bias}
 
 
 def make_augmentation(config: ml_collections.ConfigDict) -> Augmentation:
