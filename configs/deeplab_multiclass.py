@@ -7,7 +7,9 @@ scratch. `--config.head.name=` deeplabv3plus, deeplabv3, guided or linear.
 
 Presets, after a colon:
   camvid    street scenes, 11 classes, on frozen pretrained features (`--config.data.root=`,
-            `--config.backbone.weights=`); any folder of images and index masks with a classes.txt.
+            `--config.backbone.weights=`); any folder of images and index masks with a classes.txt. The
+            head is `guided`: atrous context, then a decoder that reaches full resolution, where V3+
+            stops at a quarter of it and loses what is a few pixels wide.
   coco5     person, bicycle, car, cat, dog in the layout of the Freiburg deep-learning lab
             (`--config.data.root=`), images at 256 x 256.
   voc       PASCAL VOC 2012 in folders (`{train,val}/{images,labels}`, the masks as released; TFDS has
@@ -36,6 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if "camvid" in presets:
         config.data.name = "folder"
         config.backbone.update(stride=8, layers=(-4, -1))
+        config.head.name = "guided"  # val mIoU 0.735; deeplabv3plus 0.692, linear 0.633
         config.head.deeplabv3plus.update(channels=128, reduce=128, low_width=64)
         # Class weights instead of Dice find more of the thin classes, but at the cost of the rest.
         config.loss.dice = 1.0
