@@ -10,7 +10,6 @@ head alone, on features that are at hand, as a frozen backbone allows.
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import best_seconds, matmul_rate  # noqa: E402
 from configs.deeplab_multiclass import get_config  # noqa: E402
 from jaxseg import run  # noqa: E402
 from jaxseg.experiment import frozen_paths, make_model, make_task  # noqa: E402
@@ -27,17 +27,6 @@ from jaxseg.train import loop, optim  # noqa: E402
 from jaxseg.train.state import split_params  # noqa: E402
 
 NAMES = tuple(f"class {i}" for i in range(11))
-
-
-def best_time(function, *arguments, repeats: int) -> float:
-    """Best seconds of a call, after one that warms up."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def rows(args, variant: str, head: str, train: str):
@@ -83,7 +72,7 @@ def rows(args, variant: str, head: str, train: str):
 def _measure(function, *arguments, repeats: int, images: int) -> tuple[float, float]:
     compiled = function.lower(*arguments).compile()
     flops = compiled.cost_analysis()["flops"]
-    return best_time(compiled, *arguments, repeats=repeats) / images, flops / images
+    return best_seconds(compiled, *arguments, repeats=repeats) / images, flops / images
 
 
 def main() -> None:
@@ -95,8 +84,7 @@ def main() -> None:
     parser.add_argument("--accelerator", action="store_true", help="a larger product for the peak")
     args = parser.parse_args()
     side = 8192 if args.accelerator else 2048
-    a = jnp.ones((side, side), args.precision)
-    peak = 2 * side**3 / best_time(jax.jit(jnp.dot), a, a, repeats=args.repeats)
+    peak = matmul_rate(args.precision, side, repeats=args.repeats)
     print(f"{jax.devices()[0].device_kind}, {args.precision}: peak {peak / 1e9:.0f} GFLOP/s\n")
     print("| what | images/s | GFLOP an image | share of the peak |")
     print("|---|---|---|---|", flush=True)

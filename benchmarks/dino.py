@@ -21,28 +21,12 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import best_seconds, matmul_rate  # noqa: E402
 from configs.dino import get_config  # noqa: E402
 from jaxseg import pretrain  # noqa: E402
 from jaxseg.models.backbones import BACKBONES  # noqa: E402
 from jaxseg.ops.views import View, draw_views  # noqa: E402
 from jaxseg.train import loop  # noqa: E402
-
-
-def seconds(function, *arguments, repeats: int) -> float:
-    """Best time of a call, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def peak(precision: str, repeats: int, side: int) -> float:
-    """FLOP/s of a matrix product."""
-    a = jnp.ones((side, side), precision)
-    return 2 * side**3 / seconds(jax.jit(jnp.dot), a, a, repeats=repeats)
 
 
 def vit_flops(variant, side: int) -> float:
@@ -153,17 +137,17 @@ def main() -> None:
         return jax.tree.map(jnp.add, state.params, updates)
 
     time_of = {
-        "augmentation": seconds(jax.jit(draw), keys, batch, repeats=args.repeats),
-        "teacher": seconds(teacher, params, views, repeats=args.repeats),
-        "student, forward and backward": seconds(
+        "augmentation": best_seconds(jax.jit(draw), keys, batch, repeats=args.repeats),
+        "teacher": best_seconds(teacher, params, views, repeats=args.repeats),
+        "student, forward and backward": best_seconds(
             jax.jit(jax.grad(student)), params, views, repeats=args.repeats
         ),
-        "optimiser": seconds(jax.jit(update), grads, state, repeats=args.repeats),
-        "whole step": seconds(step, state, {}, batch, repeats=args.repeats),
+        "optimiser": best_seconds(jax.jit(update), grads, state, repeats=args.repeats),
+        "whole step": best_seconds(step, state, {}, batch, repeats=args.repeats),
     }
     whole, rate = (
         time_of["whole step"],
-        peak(args.precision, args.repeats, 8192 if args.accelerator else 2048),
+        matmul_rate(args.precision, 8192 if args.accelerator else 2048, repeats=args.repeats),
     )
     flops = step_flops(config, variant) * args.batch
     sizes = (

@@ -9,8 +9,6 @@ Prints one Markdown table, a row for each dtype; the device is the one JAX picks
 import argparse
 import platform
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import flax
@@ -19,18 +17,8 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import best_seconds, matmul_rate  # noqa: E402
 from jaxseg.models import vit  # noqa: E402
-
-
-def best_seconds(function: Callable[..., jax.Array], *args: jax.Array, repeats: int) -> float:
-    """Returns the least time of `repeats` runs, after one that compiles."""
-    jax.block_until_ready(function(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def forward_flops(variant: vit.Variant, size: int) -> float:
@@ -42,12 +30,6 @@ def forward_flops(variant: vit.Variant, size: int) -> float:
     return embed + variant.depth * block
 
 
-def matmul_rate(dtype: jnp.dtype, side: int, repeats: int) -> float:
-    """Returns the measured operations per second of a [side, side] matrix product."""
-    x = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
-    return 2 * side**3 / best_seconds(jax.jit(jnp.matmul), x, x, repeats=repeats)
-
-
 def measure(variant: vit.Variant, dtype: jnp.dtype, args: argparse.Namespace) -> str:
     """Returns the table row of one dtype."""
     model = vit.from_variant(variant, dtype=dtype)
@@ -56,7 +38,7 @@ def measure(variant: vit.Variant, dtype: jnp.dtype, args: argparse.Namespace) ->
     forward = jax.jit(lambda params, image: model.apply(params, image)["patches"])
     seconds = best_seconds(forward, params, image, repeats=args.repeats)
     rate = args.batch * forward_flops(variant, args.size) / seconds
-    reference = matmul_rate(dtype, args.matmul, args.repeats)
+    reference = matmul_rate(dtype, args.matmul, repeats=args.repeats)
     return (
         f"| {variant.name} | {args.size} | {args.batch} | {jnp.dtype(dtype).name} "
         f"| {1e3 * seconds:.1f} | {args.batch / seconds:.1f} | {rate / 1e9:.0f} "
