@@ -7,12 +7,15 @@ shape `B`. A pixel counts where `valid` holds and its label lies in 0..K-1, so a
 gives 0 with zero gradients.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from jaxseg.losses.weighted import weighted_sum
 
 
 def _pixels(logits, labels, valid) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -224,26 +227,17 @@ def multiclass_loss(
     class_weights: jax.Array | None = None,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
-    """Sum of the losses named in `weights`, each times its weight; losses of weight 0 are skipped.
+    """The `weighted_sum` of `MULTICLASS`.
 
     `class_weights` `K` reach cross_entropy, focal and hard_pixels, `label_smoothing` the first and
     the last of these; the overlap losses weigh classes equally by themselves.
-
-    Returns:
-      One value an image, shape `B`, float32.
-
-    Raises:
-      ValueError: a name that `MULTICLASS` does not have.
     """
-    if unknown := sorted(set(weights) - set(MULTICLASS)):
-        raise ValueError(f"unknown losses {unknown}; allowed are {sorted(MULTICLASS)}")
     given = {"class_weights": class_weights, "label_smoothing": label_smoothing}
-    loss = jnp.zeros(logits.shape[0], jnp.float32)
-    for name, weight in weights.items():
-        if weight:
-            options = {key: given[key] for key in _OPTIONS.get(name, ())}
-            loss += weight * MULTICLASS[name](logits, labels, valid, **options)
-    return loss
+    losses = {
+        name: functools.partial(loss, **{key: given[key] for key in _OPTIONS.get(name, ())})
+        for name, loss in MULTICLASS.items()
+    }
+    return weighted_sum(losses, weights, logits, labels, valid)
 
 
 def _median_frequency(counts_NxK: np.ndarray) -> np.ndarray:

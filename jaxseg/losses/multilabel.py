@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxseg.losses import multiclass, segmentation
+from jaxseg.losses.weighted import weighted_sum
 
 
 def per_channel(
@@ -65,15 +66,5 @@ MULTILABEL: dict[str, Callable[..., jax.Array]] = {
 def multilabel_loss(
     logits: jax.Array, labels: jax.Array, valid: jax.Array, *, weights: Mapping[str, float]
 ) -> jax.Array:
-    """Sum of the losses named in `weights`, each times its weight; losses of weight 0 are skipped.
-
-    Returns:
-      One value an image, shape `B`, float32.
-
-    Raises:
-      ValueError: a name that `MULTILABEL` does not have.
-    """
-    if unknown := sorted(set(weights) - set(MULTILABEL)):
-        raise ValueError(f"unknown losses {unknown}; allowed are {sorted(MULTILABEL)}")
-    terms = [w * MULTILABEL[name](logits, labels, valid) for name, w in weights.items() if w]
-    return sum(terms, jnp.zeros(logits.shape[0], jnp.float32))
+    """The `weighted_sum` of `MULTILABEL`."""
+    return weighted_sum(MULTILABEL, weights, logits, labels, valid)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxseg.losses.multiclass import lovasz_hinge
+from jaxseg.losses.weighted import weighted_sum
 
 
 def _pixels(logits, labels, valid) -> list[jax.Array]:
@@ -89,10 +90,5 @@ BINARY: dict[str, Callable[..., jax.Array]] = {
 def binary_loss(
     logits: jax.Array, labels: jax.Array, valid: jax.Array, *, weights: Mapping[str, float]
 ) -> jax.Array:
-    """Sum of the losses named in `weights`, each times its weight; losses of weight 0 are skipped.
-
-    Returns:
-      One value an image, shape `B`, float32.
-    """
-    terms = [w * BINARY[name](logits, labels, valid) for name, w in weights.items() if w]
-    return sum(terms, jnp.zeros(logits.shape[0], jnp.float32))
+    """The `weighted_sum` of `BINARY`."""
+    return weighted_sum(BINARY, weights, logits, labels, valid)
