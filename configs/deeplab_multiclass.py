@@ -35,28 +35,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=4e-3, weight_decay=0.05, average=0.99)
     config.train.update(batch=8, epochs=8.0, eval_every=1000, checkpoint_every=250, log_every=50)
+    if "camvid" in presets or "coco5" in presets:
+        config.head.deeplabv3plus.update(channels=128, reduce=128, low_width=64)
+        # Class weights instead of Dice find more of the rare classes, but at the cost of the rest.
+        config.loss.dice = 1.0
+        config.optim.lr = 3e-3
+        config.train.eval_every = 0
     if "camvid" in presets:
         config.data.name = "folder"
         config.backbone.update(stride=8, layers=(-4, -1))
         config.head.name = "guided"  # val mIoU 0.735; deeplabv3plus 0.692, linear 0.633
-        config.head.deeplabv3plus.update(channels=128, reduce=128, low_width=64)
-        # Class weights instead of Dice find more of the thin classes, but at the cost of the rest.
-        config.loss.dice = 1.0
-        config.optim.update(lr=3e-3, average=0.99)
-        config.train.update(batch=4, epochs=15.0, eval_every=0, log_every=20)
+        config.train.update(batch=4, epochs=15.0, log_every=20)
         config.eval.batch = 4
     if "coco5" in presets:
         config.data.update(name="coco", size=(256, 256))
         config.backbone.layers = (-4, -1)
-        config.head.deeplabv3plus.update(channels=128, reduce=128, low_width=64)
-        config.loss.dice = 1.0
-        config.optim.update(lr=3e-3, average=0.98)
-        config.train.update(batch=8, epochs=30.0, eval_every=0, log_every=10)
+        config.optim.average = 0.98
+        config.train.update(epochs=30.0, log_every=10)
         config.eval.batch = 8
     if "voc" in presets:
         config.data.update(name="folder", size=(512, 512), classes=tuple(_VOC.split()))
         config.backbone.update(variant="resnet50", train="all")
-        config.head.name = "deeplabv3plus"
         config.head.deeplabv3plus.update(
             channels=256, reduce=0, separable=False, auxiliary=True, low_width=64
         )
@@ -65,7 +64,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             name="sgd", lr=7e-3, schedule="poly", warmup=0.0, weight_decay=1e-4, average=0.0
         )
         config.train.update(batch=16, epochs=0.0, steps=30000, eval_every=5000)
-        config.eval.split = "val"
     if "finetune" in presets:
         config.backbone.train = "all"
         config.optim.update(name="adamw", lr=1e-4, layer_decay=0.75)

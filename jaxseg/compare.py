@@ -129,16 +129,12 @@ def _write(output: Path, result, differing, names, runs) -> None:
         raise ConfigError(f"cannot write to --workdir={output}: {error}") from error
     write_json(output / "comparison.json", result)
     methods = result["methods"]
-
-    def cell(value) -> str:
-        return "" if value is None else f"{value:.4f}"
-
     head = ["method", *(c.replace("_", " ") for c in _COLUMNS), *names]
     table = [head] + [
         [
             name,
-            *(cell(scores.get(c)) for c in _COLUMNS),
-            *(cell(scores["per_class"][n]["iou"]) for n in names),
+            *(report.cell(scores.get(c)) for c in _COLUMNS),
+            *(report.cell(scores["per_class"][n]["iou"]) for n in names),
         ]
         for name, scores in methods.items()
     ]

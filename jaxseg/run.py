@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     source = make_source(config, "train")
     backbone = Backbone.load(config)
-    names = mask_names(source)
+    names, weights = mask_names(source), make_class_weights(config, source)
     model = make_model(config, backbone.variant, names)
     task = make_task(
         config,
@@ -73,7 +73,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         size=working_size(source, tuple(config.data.size), model.stride),
         names=names,
         categories=tuple(source.categories),
-        class_weights=make_class_weights(config, source),
+        class_weights=weights,
         statistics=backbone.statistics,
     )
     _check_batch(config, task)
@@ -85,7 +85,7 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         tuple(source.categories),
         digest,
         names=names,
-        class_weights=task.class_weights if config.task == "multiclass" else (),
+        class_weights=weights,
     )
     folder.begin(workdir, config, description)
     with folder.lock(workdir):

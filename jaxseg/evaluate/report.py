@@ -278,12 +278,13 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
+def cell(value: float | int | None) -> str:
+    """A number in a table; nothing for None."""
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def _table(result: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
     """The head, and a line of each category or class, that of all first."""
-
-    def cell(value) -> str:
-        return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
     if "per_class" in result:
         parts = result["per_class"]
         columns = ("iou", "accuracy", "precision", "recall", "boundary_iou", "pixels")

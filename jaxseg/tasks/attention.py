@@ -88,26 +88,21 @@ class AttentionTask(DenseTask):
     def logits(
         self, params: Mapping[str, Any], batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Logarithms of the values' scores, `B x H x W x K`, and the answers and attention."""
+        """Logarithms of the values' scores, `B x H x W x K`, and the answers and attention.
+
+        Where there is a background, it is highest where no class reaches one half.
+        """
         chances, attention = self.ask(params, batch)
         scores = jnp.zeros((*chances.shape[1:], len(self.names)))
         scores = scores.at[..., jnp.asarray(queries(self.names))].set(jnp.moveaxis(chances, 0, -1))
         empty = background(self.names)
         if empty is not None:
             scores = scores.at[..., empty].set(1.0 - chances.max(0))
-        return jnp.log(jnp.maximum(scores, 1e-6)), {"answers": chances, "attention": attention}
-
-    def decide(self, logits: jax.Array) -> jax.Array:
-        """The value with the highest score; the background, if there is one, where none reaches 1/2."""
-        return logits.argmax(-1).astype(jnp.uint8)
+        return self.from_scores(scores), {"answers": chances, "attention": attention}
 
     def scores(self, logits: jax.Array) -> jax.Array:
         """The scores; those of the classes need not sum to 1."""
         return jnp.exp(logits)
-
-    def from_scores(self, scores: jax.Array) -> jax.Array:
-        """The logarithms."""
-        return jnp.log(jnp.maximum(scores, 1e-6))
 
     def count(
         self, logits: jax.Array, aux: Mapping[str, Any], batch: Mapping[str, jax.Array]

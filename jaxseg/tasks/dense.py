@@ -126,17 +126,17 @@ class DenseTask(abc.ABC):
     ) -> jax.Array:
         """The loss of each image, `B`."""
 
-    @abc.abstractmethod
     def decide(self, logits: jax.Array) -> jax.Array:
-        """The mask `... x H x W` uint8 that logits `... x H x W x K` stand for."""
+        """The mask `... x H x W` uint8 that logits `... x H x W x K` stand for: the highest one's."""
+        return logits.argmax(-1).astype(jnp.uint8)
 
     @abc.abstractmethod
     def scores(self, logits: jax.Array) -> jax.Array:
         """Probabilities `... x H x W x K`, those of the mask's values (K = 1: of value 1)."""
 
-    @abc.abstractmethod
     def from_scores(self, scores: jax.Array) -> jax.Array:
         """Logits that have these `scores`."""
+        return jnp.log(jnp.maximum(scores, 1e-6))
 
     @abc.abstractmethod
     def count(

@@ -48,17 +48,9 @@ class MulticlassTask(DenseTask):
             label_smoothing=self.label_smoothing,
         )
 
-    def decide(self, logits: jax.Array) -> jax.Array:
-        """The class with the highest logit."""
-        return logits.argmax(-1).astype(jnp.uint8)
-
     def scores(self, logits: jax.Array) -> jax.Array:
         """The classes' probabilities."""
         return jax.nn.softmax(logits)
-
-    def from_scores(self, scores: jax.Array) -> jax.Array:
-        """The logarithms."""
-        return jnp.log(jnp.maximum(scores, 1e-6))
 
     def count(
         self, logits: jax.Array, aux: Mapping[str, Any], batch: Mapping[str, jax.Array]

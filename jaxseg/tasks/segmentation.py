@@ -37,7 +37,6 @@ class SegmentationTask(DenseTask):
       threshold: probability from which a pixel is foreground.
     """
 
-    names: tuple[str, ...] = ("background", "foreground")
     categories: tuple[str, ...]
     threshold: float = 0.5
 
