@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from models import make_deeplab_torch as torch_side
 
-from jaxseg.models import deeplab
 from jaxseg.models.backbones import build
 from jaxseg.models.deeplab import (
     AtrousSpatialPyramid,
@@ -25,6 +24,7 @@ from jaxseg.models.deeplab import (
     atrous_rates,
     depthwise_conv,
 )
+from jaxseg.models.guided import depth_to_space
 from jaxseg.weights import resnet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,7 +274,7 @@ def test_expanding_is_a_transposed_convolution():
     x, kernel = _normal(0, 1, 3, 4, 5), _normal(1, 2, 2, 5, 6)
     # JAX's form turns the kernel round.
     expected = jax.lax.conv_transpose(x, kernel[::-1, ::-1], (2, 2), "VALID")
-    ours = deeplab._depth_to_space(x @ kernel.transpose(2, 0, 1, 3).reshape(5, -1), 2)
+    ours = depth_to_space(x @ kernel.transpose(2, 0, 1, 3).reshape(5, -1), 2)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
