@@ -40,6 +40,12 @@ def _parse(argv: list[str]) -> list[str]:
         # The config alone first, so that its overrides can be checked against it.
         overrides = [a for a in argv if a.startswith(("--config.", "-config."))]
         rest = [a for a in argv if a not in overrides]
+        for argument in rest:
+            name, _, value = argument.lstrip("-").partition("=")
+            file = value.split(":")[0]
+            if name == "config" and not Path(file).is_file():
+                here = ", ".join(str(f) for f in sorted(Path("configs").glob("*.py")))
+                raise ValueError(f"--config={value}: there is no file {file!r}; here are: {here}")
         base = flags.FlagValues()
         holder = config_flags.DEFINE_config_file("config", None, flag_values=base, sys_argv=rest)
         base(rest, known_only=True)

@@ -63,6 +63,12 @@ def test_mistakes_are_one_clear_line(tmp_path, arguments, message):
     assert not (tmp_path / "w").exists()
 
 
+def test_missing_config_file(tmp_path):
+    done = run_main("--config=configs/no.py:fast", f"--workdir={tmp_path / 'w'}")
+    assert done.returncode != 0 and done.stderr.count("\n") == 1
+    assert "no file 'configs/no.py'; here are: " in done.stderr and "pac_objseg" in done.stderr
+
+
 def test_unknown_preset(tmp_path):
     done = run_main("--config=configs/pac_objseg.py:fast", f"--workdir={tmp_path / 'w'}")
     assert done.returncode != 0 and "allowed after the colon: runlocal" in done.stderr
