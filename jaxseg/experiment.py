@@ -366,15 +366,18 @@ class Reader:
         """This process's share of the whole source, once and in order."""
         return loader.eval_batches(self._source, batch=self._config.eval.batch, **self._options())
 
-    def examples(self) -> Iterator[Mapping[str, np.ndarray]]:
-        """All examples in order, unflipped, with features where they are cached."""
-        for index in range(len(self._source)):
-            yield self._source.read(index, flipped=False)
+    def example(self, index: int) -> Mapping[str, np.ndarray]:
+        """One example, unflipped, with features where they are cached."""
+        return self._source.read(index, flipped=False)
 
     def subset(self, indices: list[int]) -> Iterator[Mapping[str, np.ndarray]]:
         """Batches of the examples at `indices`, in that order."""
         source = self._source.subset(indices)
         return loader.eval_batches(source, batch=self._config.eval.batch, **self._options())
+
+
+# So many groups of categories at most are told apart when the prior is solved for.
+GROUPS = 16
 
 
 def check_prior(config: ml_collections.ConfigDict, reader: Reader) -> None:
@@ -391,28 +394,30 @@ def fit_prior(
 ) -> dict[str, np.ndarray]:
     """The parameters of the guided head's prior, from all training images (see `check_prior`)."""
     tokens = jax.jit(lambda x: relative(standardise(x[None]))[0])
-    outputs = task.model.head.outputs
+    outputs, total = task.model.head.outputs, len(reader)
+    several = len(getattr(task, "categories", ())) > 1
+    progress = Progress("features", total)
+    done = 0
 
-    def example(shown):
+    def read(index):
+        nonlocal done
+        shown = reader.example(index)
         x = np.asarray(tokens(shown["features"]))
         h, w, channels = x.shape
         cells = rearrange(shown["mask"], "(h i) (w j) -> (h w) (i j)", h=h, w=w)
         values = [1] if outputs == 1 else range(outputs)
         share = np.stack([(cells == v).mean(1) for v in values], 1)
         known = (cells != VOID).mean(1)
-        targets = 2.0 * share / np.maximum(known, 1e-9)[:, None] - 1.0
-        return x.reshape(h * w, channels), targets, known
+        if done <= index:
+            done = index + 1
+            progress.update(done)
+        # What comes next is another category, or else, as far as anyone can tell, a later image.
+        group = int(shown["category"]) % GROUPS if several else 4 * index // total
+        return x.reshape(h * w, channels), share / np.maximum(known, 1e-9)[:, None], known, group
 
-    def examples():
-        progress = Progress("features", len(reader))
-        for number, shown in enumerate(reader.examples(), 1):
-            yield example(shown)
-            progress.update(number)
-        progress.close()
-
-    kernel, bias = ridge.fit(examples(), penalty=config.head.guided.prior)
-    # Half of the log odds: the trained context judges by the same features, and the two are added.
-    return {"kernel": 0.5 * kernel, "bias": 0.5 * bias}
+    kernel, bias = ridge.fit(read, total, penalty=config.head.guided.prior)
+    progress.close()
+    return {"kernel": kernel, "bias": bias}
 
 
 def make_augmentation(config: ml_collections.ConfigDict) -> Augmentation:
