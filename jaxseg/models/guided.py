@@ -124,11 +124,14 @@ class GuidedDecoder(nn.Module):
             zero = nn.initializers.zeros
             prior = nn.Dense(self.outputs, kernel_init=zero, name="prior")(relative(tokens))
             # In training half of the images go without: the prior fits those best which it was
-            # solved for, and would leave the rest of the head little to learn.
+            # solved for, and would leave the rest of the head little to learn. Where it is always
+            # there it counts half, as in the original dropout (Srivastava et al., JMLR 2014).
             if train:
                 key = self.make_rng("dropout")
-                prior *= jax.random.bernoulli(key, 0.5, (len(prior), 1, 1, 1))
-            context += prior
+                kept = jax.random.bernoulli(key, 0.5, (len(prior), 1, 1, 1))
+            else:
+                kept = 0.5
+            context += kept * prior
         pyramid = self._pyramid(image_BxHxWx3, n - 1)
         logits = context
         for level in range(n - 1, 0, -1):
