@@ -176,6 +176,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       What is written to `eval.json`; nothing, with a warning, where there is no split to score on.
     """
     validate(config)
+    folder.check(workdir, config)
     source = make_source(config, "train")
     size = sources.working_size(source, tuple(config.data.size), 1)
     backbone = Backbone.load(config)
@@ -187,10 +188,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     description = folder.Description(
         backbone.variant, size, tuple(source.categories), "", examples=len(source)
     )
-    folder.begin(workdir, config, description)
     mesh = partition.make_mesh()
     optimizer, learning_rate = make_optimizer(config, steps=steps, examples=len(source))
     with folder.lock(workdir):
+        folder.begin(workdir, config, description)
         loop.Trainer(
             task=task,
             optimizer=optimizer,

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from jaxseg.config import ConfigError, check_same_run, validate
 from jaxseg.models import backbones
 from jaxseg.train.writers import write_json
 
-# Evaluation and prediction take these sections as they were trained.
-_MODEL_SECTIONS = ("task", "backbone", "head", "dino", "optim")
+# Evaluation, analysis and prediction take all but these sections as they were trained.
+_OPEN_SECTIONS = ("data", "eval", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +69,36 @@ class Description:
             raise ConfigError(f"model.json is damaged or of another version: {error!r}") from error
 
 
+def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Checks, before anything is computed, that a run of `config` may begin or go on in `workdir`.
+
+    Raises:
+      ConfigError: the folder holds a run of another config, or is none.
+    """
+    for path in (workdir, workdir / "checkpoints"):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--workdir={workdir}: {path} is a file, not a folder")
+    if _has_checkpoint(workdir) and (workdir / "config.json").exists():
+        check_same_run(_read(workdir / "config.json"), config.to_dict(), workdir)
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
 def begin(workdir: Path, config: ml_collections.ConfigDict, description: Description) -> None:
     """Writes `config.json` and `model.json`, or checks that a run to be resumed is the same.
+
+    A folder without any checkpoint is begun anew: an attempt that came to nothing, because of a
+    value that was wrong, must not stand in the way of the right one.
 
     Raises:
       ConfigError: the folder cannot be written, or holds another run.
     """
-    if (workdir / "config.json").exists():
-        check_same_run(_read(workdir / "config.json"), config.to_dict(), workdir)
+    check(workdir, config)
     new = description.to_json()
-    if (workdir / "model.json").exists():
+    resumed = _has_checkpoint(workdir)
+    if resumed and (workdir / "model.json").exists():
         old = _read(workdir / "model.json")
         differ = [f"  {k}: {old.get(k)} there, {new[k]} now" for k in new if old.get(k) != new[k]]
         if differ:
@@ -86,7 +107,9 @@ def begin(workdir: Path, config: ml_collections.ConfigDict, description: Descrip
     if jax.process_index() != 0:
         return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            # They would be taken for this run's.
+            shutil.rmtree(workdir / "frozen", ignore_errors=True)
         write_json(workdir / "model.json", new)
         write_json(workdir / "config.json", config.to_dict())
     except OSError as error:
@@ -95,15 +118,20 @@ def begin(workdir: Path, config: ml_collections.ConfigDict, description: Descrip
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this process until it ends, however it ends.
+    """Makes the workdir and holds it for this process until it ends, however it ends.
 
     Raises:
-      ConfigError: another process is training in it.
+      ConfigError: it cannot be written, or another process is training in it.
     """
     if jax.process_index() != 0:
         yield
         return
-    with (workdir / ".lock").open("w") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -132,7 +160,7 @@ def load(
     config.update_from_flattened_dict(dict(overrides))
     validate(config)
     before, after = (
-        {k: c[k] for k in _MODEL_SECTIONS if k in c} for c in (stored, config.to_dict())
+        {k: v for k, v in c.items() if k not in _OPEN_SECTIONS} for c in (stored, config.to_dict())
     )
     check_same_run(before, after, workdir)
     return config, Description.from_json(_read(workdir / "model.json"))

@@ -98,11 +98,31 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     config.eval.split = "val"
     _begin(tmp_path, config)
     assert json.loads((tmp_path / "config.json").read_text())["eval"]["split"] == "val"
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     config.optim.lr = 0.5
     with pytest.raises(ConfigError, match="(?s)another config.*optim.lr: 0.001 there, 0.5 now"):
         _begin(tmp_path, config)
     with pytest.raises(ConfigError, match="(?s)another model or data.*categories"):
         _begin(tmp_path, get_segmentation_config(), categories=("b",))
+
+
+def test_an_attempt_without_a_checkpoint_binds_nothing(tmp_path):
+    config = get_segmentation_config()
+    _begin(tmp_path, config)
+    (tmp_path / "frozen").mkdir()
+    config.optim.lr = 0.5
+    _begin(tmp_path, config, categories=("b",))
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 0.5
+    assert not (tmp_path / "frozen").exists()
+
+
+def test_files_in_the_place_of_folders_are_named(tmp_path):
+    config = get_segmentation_config()
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ConfigError, match="checkpoints is a file, not a folder"):
+        folder.check(tmp_path, config)
+    with pytest.raises(ConfigError, match="checkpoints is a file, not a folder"):
+        folder.check(tmp_path / "checkpoints", config)
 
 
 def test_stored_config_comes_back(tmp_path):
@@ -116,6 +136,8 @@ def test_stored_config_comes_back(tmp_path):
         folder.load(tmp_path, {"head.name": "linear"})
     with pytest.raises(ConfigError, match="optim.name: 'adamw' there, 'sgd' now"):
         folder.load(tmp_path, {"optim.name": "sgd"})
+    with pytest.raises(ConfigError, match="train.steps: 0 there, 9 now"):
+        folder.load(tmp_path, {"train.steps": 9})
     with pytest.raises(ConfigError, match="holds no run"):
         folder.load(tmp_path / "other", {})
     (tmp_path / "model.json").write_text("{}")
