@@ -22,7 +22,7 @@ from jaxseg.data.images import (
 
 _LOG = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-_SAMPLE = 32  # masks looked at to tell what 255 means
+_SAMPLE = 96  # masks looked at to tell what 255 means
 _MASK_FOLDERS = ("annotations", "masks")
 _LAYOUTS = (
     "<split>/<category>/images + annotations, <split>/images + masks, or images + masks "
@@ -73,7 +73,7 @@ class Folder:
             raise DataError("data.root is empty: name the folder that holds the images and masks")
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
-        root = Path(root).expanduser()
+        self._root = root = Path(root).expanduser()
         found = _subfolders(root)
         self._mask_options = {"values": mask_values, "threshold": mask_threshold}
         self._sizes: list[tuple[int, int]] | None = None
@@ -110,13 +110,16 @@ class Folder:
 
     @functools.cached_property
     def _mask_values(self) -> str:
-        """What 255 means is one decision for all masks: void if any of a sample of them has a 1."""
+        """What 255 means is one decision for all splits: void if any of a sample of masks has a 1."""
         if self._mask_options["values"] != "auto" or self._mask_options["threshold"] is not None:
             return self._mask_options["values"]
-        for pair in self._pairs[:: max(1, len(self._pairs) // _SAMPLE)]:
+        depths = [f"{below}{name}" for below in ("", "*/", "*/*/") for name in _MASK_FOLDERS]
+        folders = (folder for depth in depths for folder in self._root.glob(depth))
+        masks = sorted(file for folder in folders for file in folder.iterdir() if is_image(file))
+        for mask in masks[:: max(1, len(masks) // _SAMPLE)]:
             try:
-                with opened(pair.mask) as image:
-                    if (to_values(image, pair.mask) == 1).any():
+                with opened(mask) as image:
+                    if (to_values(image, mask) == 1).any():
                         return "0/1"
             except DataError:
                 continue  # It is reported when the pair itself is read.
@@ -213,7 +216,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 def _hash_split(pairs: list[_Pair], split: str, root: Path) -> list[_Pair]:
     """Keeps one split. By rank of the hash, so that each split has its share even of ten images."""
     if len(pairs) < len(SPLITS):
-        raise DataError(f"{root}: {len(pairs)} images cannot be split into {_listed(SPLITS)}")
+        raise DataError(
+            f"{root}: {len(pairs)} images cannot be split into {_listed(SPLITS)}: "
+            f"give three or more, or make the folders {root}/train and {root}/test"
+        )
     ranked = sorted(pairs, key=lambda pair: hashlib.sha256(pair.name.encode()).digest())
     tenth = max(1, round(len(pairs) / 10))
     parts = {"test": ranked[:tenth], "val": ranked[tenth : 2 * tenth], "train": ranked[2 * tenth :]}

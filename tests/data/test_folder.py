@@ -234,3 +234,8 @@ def test_void_means_void_in_every_mask_of_a_set(tmp_path):
     source = Folder(tmp_path, "train")
     assert [source[i]["mask"].tolist() for i in range(2)] == [[[0, 1, 255]], [[0, 0, 255]]]
     assert Folder(tmp_path, "train", mask_values="0/1")[1]["mask"].tolist() == [[0, 0, 255]]
+    # The other splits are read alike, though nothing in them tells.
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    for kind in ("images", "masks"):
+        (tmp_path / "test" / kind / "a.png").unlink()
+    assert Folder(tmp_path, "test")[0]["mask"].tolist() == [[0, 0, 255]]
