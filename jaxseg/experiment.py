@@ -178,9 +178,10 @@ def make_source(
     return sources.Some(source, data.limit) if data.limit else source
 
 
-def _names(values: Sequence[str]) -> tuple[str, ...]:
-    # `--config.data.categories=a,b` arrives as one name.
-    return tuple(values[0].split(",")) if len(values) == 1 else tuple(values)
+def _names(values: Sequence[Any]) -> tuple[str, ...]:
+    # `--config.data.categories=a,b` arrives as one name, and =2016 as a number.
+    names = tuple(str(value) for value in values)
+    return tuple(names[0].split(",")) if len(names) == 1 else names
 
 
 def mask_names(source: sources.Source) -> tuple[str, ...]:
@@ -338,7 +339,12 @@ class Reader:
         key += self._config.backbone.normalization + self._config.backbone.precision
         store = None
         if config.cache_dir:
-            store = DiskStore(Path(config.cache_dir), config.cache_gigabytes * 1e9)
+            try:
+                store = DiskStore(Path(config.cache_dir), config.cache_gigabytes * 1e9)
+            except OSError as error:
+                raise ConfigError(
+                    f"config.data.cache_dir={config.cache_dir!r} cannot be written: {error}"
+                ) from error
         return FeatureCache(features, key=key, store=store)
 
     def _options(self) -> dict[str, Any]:
@@ -380,37 +386,30 @@ class Reader:
 GROUPS = 16
 
 
-def check_prior(config: ml_collections.ConfigDict, reader: Reader) -> None:
-    """Raises ConfigError if the prior cannot be solved for: its features must be cached."""
-    if has_prior(config) and not reader.cached:
-        raise ConfigError(
-            "config.head.guided.prior needs cached features: no augmentation but flips, and enough "
-            "config.data.memory_gigabytes, or config.data.cache_dir; or set it to 0"
-        )
-
-
 def fit_prior(
-    config: ml_collections.ConfigDict, task: DenseTask, reader: Reader
+    config: ml_collections.ConfigDict,
+    task: DenseTask,
+    reader: Reader,
+    frozen: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    """The parameters of the guided head's prior, from all training images (see `check_prior`)."""
+    """The parameters of the guided head's prior, from all training images, unaugmented."""
+    backbone = jax.device_put({"backbone": dict(frozen["backbone"])}, jax.local_devices()[0])
+    features = jax.jit(lambda params, image: task.features(params, image[None])[0])
     tokens = jax.jit(lambda x: relative(standardise(x[None]))[0])
     outputs, total = task.model.head.outputs, len(reader)
     several = len(getattr(task, "categories", ())) > 1
-    progress = Progress("features", total)
-    done = 0
+    progress = Progress("linear prior", 2 * total)
 
-    def read(index):
-        nonlocal done
+    def read(index, again):
         shown = reader.example(index)
-        x = np.asarray(tokens(shown["features"]))
+        found = shown["features"] if reader.cached else features(backbone, shown["image"])
+        x = np.asarray(tokens(found))
         h, w, channels = x.shape
         cells = rearrange(shown["mask"], "(h i) (w j) -> (h w) (i j)", h=h, w=w)
         values = [1] if outputs == 1 else range(outputs)
         share = np.stack([(cells == v).mean(1) for v in values], 1)
         known = (cells != VOID).mean(1)
-        if done <= index:
-            done = index + 1
-            progress.update(done)
+        progress.update(index + 1 + again * total)
         # What comes next is another category, or else, as far as anyone can tell, a later image.
         group = int(shown["category"]) % GROUPS if several else 4 * index // total
         return x.reshape(h * w, channels), share / np.maximum(known, 1e-9)[:, None], known, group

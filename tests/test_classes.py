@@ -299,15 +299,27 @@ def test_a_frozen_backbone_gets_a_prior_that_resuming_keeps(trained, data, tmp_p
     assert run.train(config, tmp_path / "w") == result
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("backbone__train", "all", "prior is 0.01; allowed with a backbone that is trained: 0"),
-        ("augment__brightness", 0.1, "prior needs cached features"),
-    ],
-)
-def test_a_prior_needs_frozen_and_cached_features(trained, data, tmp_path, key, value, message):
+@pytest.mark.slow
+def test_the_prior_is_the_same_without_a_cache(trained, data, tmp_path):
+    """An augmentation beside flips, or too little memory: features are computed as they are needed."""
     changes = dict(head__name="guided", head__guided__width=8, head__guided__prior=1e-2)
-    changes |= {"backbone__weights": str(trained["deeplab"][0]), key: value}
-    with pytest.raises(ConfigError, match=message):
+    changes |= dict(
+        backbone__weights=str(trained["deeplab"][0]), eval__report=False, train__steps=1
+    )
+    priors = []
+    for name, memory in (("cached", 1.0), ("computed", 1e-6)):
+        config = _config("deeplab", data, data__memory_gigabytes=memory, **changes)
+        run.train(config, tmp_path / name)
+        restored = run.restore(tmp_path / name, {})
+        priors.append(restored.host(restored.frozen["head"]["prior"]))
+    for cached, computed in zip(*(p.values() for p in priors), strict=True):
+        np.testing.assert_allclose(cached, computed, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prior_needs_a_frozen_backbone(trained, data, tmp_path):
+    changes = dict(head__name="guided", head__guided__width=8, head__guided__prior=1e-2)
+    changes |= dict(backbone__weights=str(trained["deeplab"][0]), backbone__train="all")
+    with pytest.raises(
+        ConfigError, match="prior is 0.01; allowed with a backbone that is trained: 0"
+    ):
         run.train(_config("deeplab", data, **changes), tmp_path / "w")

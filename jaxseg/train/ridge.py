@@ -65,7 +65,7 @@ def _ious(scores: np.ndarray, share: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def fit(
-    read: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray, int]],
+    read: Callable[[int, bool], tuple[np.ndarray, np.ndarray, np.ndarray, int]],
     images: int,
     *,
     penalty: float,
@@ -73,9 +73,9 @@ def fit(
     """Fits one linear classifier for each of K outputs.
 
     Args:
-      read: gives of image i: features `N x C`, shares of foreground `N x K` in [0, 1], weights `N`, not
-        negative, and its group: what images share that new ones will not. Groups count the same.
-      images: how many there are; they are read twice.
+      read: (image i, whether again) -> features `N x C`, shares of foreground `N x K` in [0, 1], weights
+        `N`, not negative, and its group: what images share that new ones will not. Groups count the same.
+      images: how many there are; each is read once, and most of them again.
       penalty: of the squared weights and bias, relative to the mean square of features and the 1 beside.
 
     Returns:
@@ -85,14 +85,14 @@ def fit(
       ValueError: no example has a positive weight.
     """
 
-    def example(index):
-        features, share, weights, group = read(index)
+    def example(index, again):
+        features, share, weights, group = read(index, again)
         x = np.concatenate([features, np.ones((len(features), 1))], 1).astype(np.float64)
         return x, np.asarray(share, np.float64), np.asarray(weights, np.float64), group
 
     moments: dict[int, _Moments] = {}
     for i in range(images):
-        x, share, weights, group = example(i)
+        x, share, weights, group = example(i, False)
         if weights.any():
             moments.setdefault(group, _Moments()).add(x, 2.0 * share - 1.0, weights)
     if not moments:
@@ -107,7 +107,7 @@ def fit(
     }
     judged: dict[int, list[tuple]] = {group: [] for group in moments}
     for i in range(0, images, -(-images // JUDGED)):
-        x, share, weights, group = example(i)
+        x, share, weights, group = example(i, True)
         if weights.any():
             judged[group].append((x @ unseen[group], share, weights))
     groups = [tuple(map(np.concatenate, zip(*v, strict=True))) for v in judged.values() if v]

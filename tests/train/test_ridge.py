@@ -18,7 +18,7 @@ def _examples(rng, images=6, tokens=40, channels=5, outputs=2):
 
 
 def _fit(examples, penalty):
-    return ridge.fit(lambda i: examples[i], len(examples), penalty=penalty)
+    return ridge.fit(lambda i, _: examples[i], len(examples), penalty=penalty)
 
 
 def _regression(examples, penalty):
