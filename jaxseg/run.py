@@ -20,7 +20,6 @@ from jaxseg.evaluate import dense, report
 from jaxseg.experiment import (
     Backbone,
     Reader,
-    check_prior,
     fit_prior,
     fit_task,
     frozen_paths,
@@ -57,6 +56,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       What is written to `eval.json`.
     """
     validate(config)
+    folder.check(workdir, config)
+    _check_scored(config)
     _train(config, workdir)
     # From the checkpoint, as `--mode=eval` does it, so that the two cannot differ.
     return evaluate(workdir, {})
@@ -87,9 +88,26 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         names=names,
         class_weights=weights,
     )
-    folder.begin(workdir, config, description)
     with folder.lock(workdir):
+        folder.begin(workdir, config, description)
         _train_in(workdir, config, task, source, params, frozen, digest)
+
+
+def _check_scored(config: ml_collections.ConfigDict) -> None:
+    """Looks at the images that are scored in the end before the first step, not hours after it.
+
+    Raises:
+      DataError: there are none, or images and masks differ in size.
+    """
+    e = config.eval
+    try:
+        source = make_source(config, e.split, categories=tuple(e.get("categories", ())) or None)
+        if hasattr(source, "sizes"):
+            source.sizes()
+    except DataError as error:
+        raise DataError(
+            f"config.eval.split={e.split!r}, to be scored in the end: {error}"
+        ) from error
 
 
 def _check_batch(config: ml_collections.ConfigDict, task: DenseTask) -> None:
@@ -110,7 +128,6 @@ def _check_batch(config: ml_collections.ConfigDict, task: DenseTask) -> None:
 def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
     mesh = partition.make_mesh()
     reader = Reader(config, task, source, frozen=frozen, digest=digest, train=True)
-    check_prior(config, reader)
     shardings = partition.tree_sharding(mesh, frozen, config.sharding.params)
     frozen_on_mesh = None
     if has_prior(config):
@@ -118,7 +135,7 @@ def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
             abstract = partition.abstract(mesh, frozen, config.sharding.params)
             frozen_on_mesh = restore_frozen(workdir, abstract)
         if frozen_on_mesh is None:
-            frozen = {**frozen, "head": {"prior": fit_prior(config, task, reader)}}
+            frozen = {**frozen, "head": {"prior": fit_prior(config, task, reader, frozen)}}
     if frozen_on_mesh is None:
         frozen_on_mesh = partition.put_tree(frozen, shardings)
         save_frozen(workdir, frozen_on_mesh)

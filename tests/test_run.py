@@ -145,6 +145,26 @@ def test_cached_features_give_the_same_run_as_computed_ones(tmp_path):
     np.testing.assert_allclose(computed["loss"], cached["loss"], atol=2e-3)
 
 
+def test_what_will_be_scored_is_looked_at_before_training(tmp_path):
+    root = tmp_path / "data"
+    for split, size in (("train", (32, 32)), ("test", (32, 16))):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+            shape = (32, 32) if kind == "images" else size
+            Image.new("L", shape[::-1]).save(root / split / kind / "a.png")
+    config = tiny_config(data__name="folder", data__root=str(root))
+    with pytest.raises(
+        DataError, match="config.eval.split='test', .*a.png is 16x32 but its image"
+    ):
+        run.train(config, tmp_path / "w")
+    shutil.rmtree(root / "test")
+    with pytest.raises(
+        DataError, match="config.eval.split='test', .*no split 'test': it has train"
+    ):
+        run.train(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 def test_unknown_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="allowed: fish"):
         run.train(tiny_config(data__categories=("dog",)), tmp_path)
