@@ -40,10 +40,11 @@ def _parse(argv: list[str]) -> list[str]:
         # The config alone first, so that its overrides can be checked against it.
         overrides = [a for a in argv if a.startswith(("--config.", "-config."))]
         rest = [a for a in argv if a not in overrides]
-        for argument in rest:
-            name, _, value = argument.lstrip("-").partition("=")
+        for argument, following in zip(rest, [*rest[1:], ""], strict=True):
+            name, equals, value = argument.lstrip("-").partition("=")
+            value = value if equals else following
             file = value.split(":")[0]
-            if name == "config" and not Path(file).is_file():
+            if argument.startswith("-") and name == "config" and not Path(file).is_file():
                 here = ", ".join(str(f) for f in sorted(Path("configs").glob("*.py")))
                 raise ValueError(f"--config={value}: there is no file {file!r}; here are: {here}")
         base = flags.FlagValues()
@@ -57,7 +58,8 @@ def _parse(argv: list[str]) -> list[str]:
     except (flags.Error, ValueError, OSError) as error:
         # A config file that raises is reported with its traceback: its last line says what is wrong.
         message = str(error).strip()
-        sys.exit(f"error: {message.splitlines()[-1] if 'Traceback' in message else message}")
+        message = message.splitlines()[-1] if "Traceback" in message else message
+        sys.exit(f"error: {message.removeprefix('ValueError: ')}")
 
 
 def _log_to_terminal() -> None:
@@ -71,6 +73,8 @@ def _log_to_terminal() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; options begin with --")
+    if not _WORKDIR.value:
+        sys.exit("error: --workdir= is empty; give the folder of the run")
     _log_to_terminal()
     if _DISTRIBUTED.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

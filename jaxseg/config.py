@@ -289,6 +289,13 @@ def _validate_dense(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"config.backbone.layers is {layers}; allowed: block numbers, as in (-1,)"
         )
+    if "guided" in config.head:
+        widths = tuple(config.head.guided.guide_widths)
+        if not widths or not all(isinstance(w, int) and w > 0 for w in widths):
+            raise ConfigError(
+                f"config.head.guided.guide_widths is {widths}; allowed: channels at 1/2, 1/4, ... of "
+                "the image, as in (16, 32, 64)"
+            )
     if "guided" in config.head and config.head.guided.width % 8:
         raise ConfigError(
             f"config.head.guided.width is {config.head.guided.width}; allowed: multiples of 8"
@@ -307,7 +314,7 @@ def _validate_dense(config: ml_collections.ConfigDict) -> None:
             f"config.backbone.freeze is {config.backbone.freeze}; with config.backbone.train='none' "
             "all is frozen: allowed is 0"
         )
-    if config.backbone.stride and config.backbone.stride & (config.backbone.stride - 1):
+    if config.backbone.stride not in (0, 4, 8, 16, 32):
         raise ConfigError(
             f"config.backbone.stride is {config.backbone.stride}; allowed: 0, 4, 8, 16, 32"
         )

@@ -175,7 +175,10 @@ def predict(
     # What an earlier call wrote is no input, should the outputs lie below the inputs.
     paths = [p for p in list_images(inputs) if outputs.resolve() not in p.resolve().parents]
     if not paths:
-        raise DataError(f"--inputs={inputs} holds no images besides those in --outputs={outputs}")
+        raise DataError(
+            f"--inputs={inputs} holds no images besides those in --outputs={outputs}: "
+            "the two must be different folders"
+        )
     run = restore(workdir, overrides)
     masks = _masks(run, classes)
     predictor = Predictor(run)

@@ -46,6 +46,9 @@ def test_another_config_is_refused(workdir):
         (["--config.eval.split=all"], "allowed: train, val, test"),
         (["--mode=fly"], "train\\|eval\\|analyze\\|predict"),
         (["stray"], "stray"),
+        (["--workdir="], "--workdir= is empty; give the folder of the run"),
+        (["--config.head.guided.guide_widths=()"], r"guide_widths is \(\); allowed: channels at"),
+        (["--config.backbone.stride=64"], "backbone.stride is 64; allowed: 0, 4, 8, 16, 32"),
         (["--config.data.name=folder", "--config.data.root=nowhere"], "nowhere"),
         (
             ["--config.backbone.weights=none.pth"],
@@ -67,6 +70,11 @@ def test_missing_config_file(tmp_path):
     done = run_main("--config=configs/no.py:fast", f"--workdir={tmp_path / 'w'}")
     assert done.returncode != 0 and done.stderr.count("\n") == 1
     assert "no file 'configs/no.py'; here are: " in done.stderr and "pac_objseg" in done.stderr
+
+
+def test_config_file_after_a_space(tmp_path):
+    done = run_main("--config", "configs/pac_objseg.py:no", f"--workdir={tmp_path / 'w'}")
+    assert done.stderr.startswith("error: no preset 'no'; allowed after the colon: runlocal")
 
 
 def test_unknown_preset(tmp_path):

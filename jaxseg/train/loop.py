@@ -283,13 +283,16 @@ class Trainer:
             self._checkpointer.save(state, step, metrics)
         if stopping and not last:
             self._checkpointer.wait()
-            raise Interrupted(f"stopped by SIGTERM at step {step}: the state is saved")
+            raise Interrupted(
+                f"stopped by SIGTERM at step {step}: the state is saved; start it again to go on"
+            )
 
     def _log(self, step: int, scalars: Mapping[str, np.ndarray]) -> None:
         self._progress.update(step, f"loss {scalars['loss']:.4f}")
         values = {k: float(v) for k, v in scalars.items()}
         values["learning_rate"] = float(self.learning_rate(step - 1))
-        values["images_per_second"] = round(self._progress.images_per_second, 2)
+        if rate := self._progress.images_per_second:
+            values["images_per_second"] = round(rate, 2)
         values["time"] = round(time.time(), 3)
         self._writer.write(step, values)
         if self.watch is not None:

@@ -78,6 +78,7 @@ class Progress:
         self._label, self._total, self._images = label, total, unit_images
         self._start = self._done = start
         self._begin = self._last_line = time.monotonic()
+        self._first = start
         self._bar = None
         self._silent = jax.process_index() != 0
         if not self._silent and sys.stderr.isatty():
@@ -87,25 +88,25 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Mean rate since the start (which includes compilation)."""
-        return (self._done - self._start) * self._images / max(time.monotonic() - self._begin, 1e-9)
+        """Mean rate since the first update, as what came before it was mostly compilation."""
+        return (self._done - self._first) * self._images / max(time.monotonic() - self._begin, 1e-9)
 
     def update(self, done: int, note: str = "") -> None:
         """`done` steps are finished; a plain line appears at most every five seconds."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"{self.images_per_second:.1f} images/s {note}", refresh=False
-            )
-            self._bar.update(done - self._done)
-        self._done = done
         now = time.monotonic()
+        if self._done == self._start < done < self._total:
+            self._begin, self._first = now, done
+        before, self._done = self._done, done
+        rate = self.images_per_second
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{rate:.1f} images/s {note}", refresh=False)
+            self._bar.update(done - before)
         due = now - self._last_line > 5 or done == self._total
-        if self._bar is None and not self._silent and due and done > self._start:
+        if self._bar is None and not self._silent and due and done > self._first:
             self._last_line = now
-            left = (self._total - done) * (now - self._begin) / (done - self._start)
+            left = (self._total - done) * self._images / rate
             print(
-                f"{self._label} {done}/{self._total}  {self.images_per_second:.1f} images/s  "
-                f"{left:.0f} s left  {note}",
+                f"{self._label} {done}/{self._total}  {rate:.1f} images/s  {left:.0f} s left  {note}",
                 flush=True,
             )
 
