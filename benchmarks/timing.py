@@ -1,11 +1,13 @@
-"""What the benchmarks measure time with."""
+"""What the benchmarks measure time and work with."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 
 def best_seconds(function: Callable[..., Any], *arguments: Any, repeats: int) -> float:
@@ -23,3 +25,31 @@ def matmul_rate(dtype: Any, side: int, *, repeats: int) -> float:
     """The measured operations per second of a [side, side] matrix product."""
     x = jax.random.normal(jax.random.key(0), (side, side)).astype(dtype)
     return 2 * side**3 / best_seconds(jax.jit(jnp.matmul), x, x, repeats=repeats)
+
+
+def product_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """The operations of a call's matrix products and convolutions, a multiplication and an addition each.
+
+    XLA's own count (`compiled.cost_analysis()`) takes the body of a loop once, however often it runs.
+    """
+    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _flops(jaxpr: core.Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2.0 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            each = math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(result) * each / params["batch_group_count"]
+        else:
+            inner = [_flops(j) for j in core.jaxprs_in_params(params)]
+            # One branch of a condition runs, also where the platform decides which.
+            once = max(inner, default=0.0) if name == "cond" else sum(inner)
+            total += once * (params["length"] if name == "scan" else 1)
+    return total

@@ -153,9 +153,7 @@ def test_what_will_be_scored_is_looked_at_before_training(tmp_path):
             shape = (32, 32) if kind == "images" else size
             Image.new("L", shape[::-1]).save(root / split / kind / "a.png")
     config = tiny_config(data__name="folder", data__root=str(root))
-    with pytest.raises(
-        DataError, match="config.eval.split='test', .*a.png is 16x32 but its image"
-    ):
+    with pytest.raises(DataError, match="config.eval.split='test', .*a.png is 16x32 but its image"):
         run.train(config, tmp_path / "w")
     shutil.rmtree(root / "test")
     with pytest.raises(

@@ -1,0 +1,33 @@
+"""The count of operations that the benchmarks divide by."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.timing import product_flops
+
+
+class _Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3), strides=2, padding="VALID", use_bias=False)(x))
+        x = nn.Conv(16, (3, 3), feature_group_count=4, padding="VALID", use_bias=False)(x)
+        return nn.Dense(7, use_bias=False)(x)
+
+
+def test_products_are_what_xla_counts_without_loops():
+    x = jnp.ones((2, 33, 17, 8))
+    network = _Network()
+    variables = network.init(jax.random.key(0), x)
+    counted = jax.jit(network.apply).lower(variables, x).compile().cost_analysis()["flops"]
+    assert product_flops(jax.jit(network.apply), variables, x) == pytest.approx(counted, rel=0.02)
+
+
+def test_loops_count_as_often_as_they_run():
+    a, b = jnp.ones((5, 4, 6)), jnp.ones((6, 3))
+    looped = product_flops(jax.jit(lambda a, b: jax.lax.map(lambda x: x @ b, a)), a, b)
+    assert looped == product_flops(lambda a, b: a @ b, a, b) == 2 * 5 * 4 * 6 * 3
+    either = jax.lax.platform_dependent
+    both = product_flops(lambda a, b: either(a, b, cpu=jnp.matmul, default=jnp.matmul), a, b)
+    assert both == looped
