@@ -14,10 +14,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "analyze", "predict", "compare"], "What to do."
+    *("mode", "train", ["train", "eval", "analyze", "predict", "compare", "export"], "What to do.")
 )
 _INPUTS = flags.DEFINE_string("inputs", None, "predict: an image, a folder or a quoted glob.")
-_OUTPUTS = flags.DEFINE_string("outputs", None, "predict: the folder for masks and overlays.")
+_OUTPUTS = flags.DEFINE_string(
+    "outputs", None, "predict: the folder for masks; export: a .safetensors file."
+)
 _CLASSES = flags.DEFINE_list("classes", [], "predict: classes to write one by one; empty for all.")
 _PROBABILITIES = flags.DEFINE_bool("probabilities", False, "predict: write the probabilities too.")
 _WORKDIRS = flags.DEFINE_list(

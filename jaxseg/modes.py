@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from jaxseg import analyze, compare, predict, pretrain, run
+from jaxseg import analyze, compare, predict, pretrain, run, weights
 from jaxseg import workdir as folder
 from jaxseg.config import DENSE_TASKS, ConfigError
 from jaxseg.train.loop import Interrupted
@@ -28,7 +28,8 @@ def main(
     workdirs: Sequence[str] = (),
 ) -> None:
     """Runs a mode: `train` (needs `config`), `eval`, `analyze` (a run, or the weights of `config`),
-    `predict` (needs `inputs` and `outputs`) or `compare` (needs `workdirs`)."""
+    `predict` (needs `inputs` and `outputs`), `compare` (needs `workdirs`) or `export` (of the backbone;
+    needs `outputs`)."""
     if mode == "train":
         if config is None:
             raise ConfigError("--mode=train needs --config=configs/FILE.py")
@@ -39,6 +40,12 @@ def main(
         analyze.analyze(config, overrides, workdir)
     elif mode == "compare":
         compare.compare([Path(w) for w in workdirs], overrides, workdir)
+    elif mode == "export":
+        if not outputs:
+            raise ConfigError("--mode=export needs --outputs=FILE.safetensors")
+        exported = weights.export(workdir, outputs)
+        size = Path(outputs).stat().st_size / 1e6
+        print(f"{exported.variant.name}, {size:.1f} MB in {outputs}, sha256 {exported.digest}")
     else:
         if not inputs or not outputs:
             raise ConfigError("--mode=predict needs --inputs=FILE|FOLDER|GLOB and --outputs=FOLDER")

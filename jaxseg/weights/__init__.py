@@ -1,16 +1,20 @@
-"""Pretrained backbones: from a catalogue name or a file to parameters of ours."""
+"""Pretrained backbones: from a catalogue name or a file to parameters of ours, and to a file."""
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxseg.models import backbones
 from jaxseg.models.backbones import BACKBONES, AnyVariant
 from jaxseg.models.resnet import ResNetVariant
 from jaxseg.weights import catalog, convert, orbax, resnet, safetensors, torch_pickle
+
+_VARIANT = "jaxseg.variant"  # among the metadata of a file that `export` wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,8 @@ def load(
         raise ValueError(
             f"no weights {str(name_or_path)!r}: neither a file nor one of {', '.join(catalog.CATALOG)}"
         )
+    if variant is None and path.suffix == ".safetensors":
+        variant = _stored_variant(path)
     digest = _sha256(path, expected=catalog.CATALOG.get(str(name_or_path)))
     tensors = convert.pick_branch(_read(path), branch=branch, source=str(path))
     found = resnet.is_resnet(tensors)
@@ -73,6 +79,40 @@ def load(
         return Weights(params, variant, str(path), digest, statistics)
     params, variant = convert.to_flax(tensors, variant=variant, source=str(path))
     return Weights(params, variant, str(path), digest)
+
+
+def export(workdir: str | Path, path: str | Path) -> Weights:
+    """Writes the backbone of a run as one `.safetensors` file of float16, and returns it as it is read.
+
+    The tensors have the names and the layout of the DINO and DINOv2 releases, so that their PyTorch code
+    loads them too.
+
+    Raises:
+      ValueError: the folder holds no run, its backbone is a ResNet, or `path` is no `.safetensors`.
+      OSError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--outputs={path}: allowed are names that end in .safetensors")
+    params, _, variant = orbax.read(Path(workdir))
+    if isinstance(variant, ResNetVariant):
+        raise ValueError(f"{workdir} holds a {variant.name}; only a ViT can be exported")
+    tensors = convert.from_flax(params, variant)
+    half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+    metadata = {"format": "pt", _VARIANT: json.dumps(backbones.to_json(variant))}
+    safetensors.write(path, half, metadata)
+    return load(path)
+
+
+def _stored_variant(path: Path) -> AnyVariant | None:
+    """What `export` says of a file; None for any other file."""
+    text = safetensors.metadata(path).get(_VARIANT)
+    if text is None:
+        return None
+    try:
+        return backbones.from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {_VARIANT} is damaged: {error!r}") from error
 
 
 def _named(name: str) -> AnyVariant:

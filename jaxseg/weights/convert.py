@@ -1,4 +1,4 @@
-"""Turns the tensors of released checkpoints into the parameters of our ViT.
+"""Turns the tensors of released checkpoints into the parameters of our ViT, and back.
 
 Every key layout is first renamed to that of the DINO release (`blocks.0.attn.qkv.weight`), which is
 then mapped onto the Flax parameters. Nothing is dropped without saying so.
@@ -91,6 +91,24 @@ def to_flax(
         )
     params = fill(tensors, found, _expected(variant), f"{source} as {variant.name}")
     return params, variant
+
+
+def from_flax(params: Mapping[str, Any], variant: Variant) -> dict[str, np.ndarray]:
+    """The inverse of `to_flax`: float32 tensors in the key layout of the DINO and DINOv2 releases.
+
+    Raises:
+      ValueError: `params` are not those of the variant.
+    """
+    tensors = {}
+    for name, (path, shape, transform) in _expected(variant).items():
+        node: Any = params
+        for key in path.split("/"):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        array = _INVERSE.get(transform, np.asarray)(np.asarray(node))
+        if array.shape != shape:
+            raise ValueError(f"parameters of {variant.name}: {path} has no shape {shape}")
+        tensors[name] = np.ascontiguousarray(array, np.float32)
+    return tensors
 
 
 def fill(
@@ -229,6 +247,12 @@ def _expected(v: Variant) -> Expected:
 def conv_kernel(weight_DxCxpxp: np.ndarray) -> np.ndarray:
     """A convolution's weight in Flax's order of axes, `p x p x C x D`."""
     return weight_DxCxpxp.transpose(2, 3, 1, 0)
+
+
+_INVERSE: dict[Callable, Callable] = {
+    np.transpose: np.transpose,
+    conv_kernel: lambda kernel: kernel.transpose(3, 2, 0, 1),
+}
 
 
 def _check(

@@ -1,7 +1,9 @@
-"""Reads `.safetensors` files: an 8-byte length, a JSON header, then raw little-endian buffers."""
+"""Reads and writes `.safetensors`: an 8-byte length, a JSON header, then raw little-endian buffers."""
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,23 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     is not valid, a tensor has another dtype, or its bytes lie outside the file.
     """
     path = Path(path)
+    header, begin = _header(path)
+    header.pop("__metadata__", None)
+    if path.stat().st_size == begin:
+        data = np.zeros(0, np.uint8)
+    else:
+        data = np.memmap(path, np.uint8, mode="r", offset=begin)
+    return {name: _tensor(f"{path}: {name}", entry, data) for name, entry in header.items()}
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """Returns the texts that a file says about itself; {} where there are none. Raises as `read` does."""
+    found = _header(Path(path))[0].get("__metadata__")
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """(the JSON header, where the buffers begin)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -35,12 +54,29 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from e
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    if size == 8 + length:
-        data = np.zeros(0, np.uint8)
-    else:
-        data = np.memmap(path, np.uint8, mode="r", offset=8 + length)
-    return {name: _tensor(f"{path}: {name}", entry, data) for name, entry in header.items()}
+    return header, 8 + length
+
+
+def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes tensors of the dtypes that `read` knows; the file appears whole or not at all."""
+    path, codes = Path(path), {dtype: code for code, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        code, shape = codes[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # The buffers begin at a multiple of eight.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                file.write(np.ascontiguousarray(tensor).tobytes())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _tensor(where: str, entry: Any, data: np.ndarray) -> np.ndarray:
