@@ -367,7 +367,9 @@ def _pair(config: ml_collections.ConfigDict, key: str, kind: type) -> tuple[Any,
     value = tuple(config[section][name])
     numbers = (int,) if kind is int else (int, float)
     if len(value) != 2 or not all(isinstance(v, numbers) and v >= 0 for v in value):
-        raise ConfigError(f"config.{key} is {value!r}; allowed: two numbers ({kind.__name__})")
+        raise ConfigError(
+            f"config.{key} is {value!r}; allowed: two numbers ({kind.__name__}), not negative"
+        )
     return value
 
 

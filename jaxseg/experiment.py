@@ -276,8 +276,8 @@ class Reader:
       config: the run's config.
       task: says the size of the images, and computes the features.
       source: what to read.
-      frozen: host arrays of the frozen parameters, without `backbone` if that is trained.
-      digest: identifies them.
+      frozen: host arrays of the frozen parameters; its `backbone` is used if that is frozen as a whole.
+      digest: identifies it.
       train: whether the config's augmentation applies.
     """
 

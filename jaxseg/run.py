@@ -114,6 +114,7 @@ def _check_batch(config: ml_collections.ConfigDict, task: DenseTask) -> None:
     """Raises ConfigError where padding of the batch to the devices would change the result."""
     batch, devices, parts = config.train.batch, jax.device_count(), config.train.accumulate
     padded = -(-batch // devices) * devices
+    # Only batch norm keeps something beside the parameters.
     if padded != batch and jax.eval_shape(lambda: task.init_extra({})):
         raise ConfigError(
             f"config.train.batch is {batch}; allowed with batch norm on {devices} devices: multiples "
@@ -128,17 +129,7 @@ def _check_batch(config: ml_collections.ConfigDict, task: DenseTask) -> None:
 def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
     mesh = partition.make_mesh()
     reader = Reader(config, task, source, frozen=frozen, digest=digest, train=True)
-    shardings = partition.tree_sharding(mesh, frozen, config.sharding.params)
-    frozen_on_mesh = None
-    if has_prior(config):
-        with contextlib.suppress(CheckpointError):  # it is solved for again
-            abstract = partition.abstract(mesh, frozen, config.sharding.params)
-            frozen_on_mesh = restore_frozen(workdir, abstract)
-        if frozen_on_mesh is None:
-            frozen = {**frozen, "head": {"prior": fit_prior(config, task, reader, frozen)}}
-    if frozen_on_mesh is None:
-        frozen_on_mesh = partition.put_tree(frozen, shardings)
-        save_frozen(workdir, frozen_on_mesh)
+    frozen_on_mesh = _put_frozen(workdir, config, task, reader, frozen, mesh)
     schedule = loop.Schedule(
         steps=total_steps(config, len(source)),
         log_every=config.train.log_every,
@@ -239,6 +230,18 @@ def _inference(config: ml_collections.ConfigDict, stride: int) -> dense.Inferenc
     if jax.process_count() > 1:
         raise ConfigError("config.eval.scales, flip and window are for one process")
     return how
+
+
+def _put_frozen(workdir, config, task, reader: Reader, frozen, mesh: Mesh) -> Any:
+    """The frozen parameters on the mesh: those that the run was begun with, else made and saved now."""
+    layout = config.sharding.params
+    with contextlib.suppress(CheckpointError):
+        return restore_frozen(workdir, partition.abstract(mesh, frozen, layout))
+    if has_prior(config):
+        frozen = {**frozen, "head": {"prior": fit_prior(config, task, reader, frozen)}}
+    placed = partition.put_tree(frozen, partition.tree_sharding(mesh, frozen, layout))
+    save_frozen(workdir, placed)
+    return placed
 
 
 def _validation(config, task, frozen, frozen_on_mesh, digest, mesh):

@@ -147,6 +147,7 @@ class GuidedDecoder(nn.Module):
 
     def _pyramid(self, image_BxHxWx3: jax.Array, levels: int) -> list[jax.Array]:
         """Guide features at 1/2, 1/4, ... of the image."""
+        # Pixels of mean 0 and about deviation 1.
         pyramid, x = [], 4.0 * (image_BxHxWx3 - 0.5)
         for i in range(levels):
             width = self.guide_widths[min(i, len(self.guide_widths) - 1)]
