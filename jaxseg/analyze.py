@@ -217,7 +217,7 @@ class _Analysis:
             )
 
     def _tsne(self, found: Mapping[str, np.ndarray], labelled: bool) -> None:
-        history = sorted((self.workdir / "features").glob("*.npz"))
+        history = sorted((self.workdir / "features").glob("[0-9]*.npz"))
         snapshots = []
         for path in history:
             with np.load(path) as kept:

@@ -19,6 +19,7 @@ from jaxseg.data import DataError, loader, sources
 from jaxseg.data.cache import PreparedSource
 from jaxseg.evaluate import features, knn, rank
 from jaxseg.experiment import Backbone, make_source, total_steps
+from jaxseg.files import replacing
 from jaxseg.models import backbones
 from jaxseg.models.projection import ProjectionHead
 from jaxseg.models.segmenter import normalize
@@ -359,9 +360,8 @@ def _keep_features(workdir: Path, step: int, found: Mapping[str, np.ndarray]) ->
     """Keeps the features for the t-SNE over the epochs."""
     target = workdir / "features"
     target.mkdir(exist_ok=True)
-    temporary = target / f".{step}.tmp.npz"
-    np.savez(temporary, cls=found["cls"].astype(np.float16), category=found["category"])
-    temporary.replace(target / f"{step:08d}.npz")
+    with replacing(target / f"{step:08d}.npz") as temporary:
+        np.savez(temporary, cls=found["cls"].astype(np.float16), category=found["category"])
 
 
 @dataclasses.dataclass(frozen=True)

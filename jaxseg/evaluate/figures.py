@@ -1,7 +1,5 @@
 """What the pictures of the analysis share. Figures are objects of their own: no pyplot state."""
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from jaxseg.files import replacing
 
 # Colour-blind safe.
 RIGHT, WRONG, PLAIN = "#009e73", "#d55e00", "#444444"
@@ -52,15 +52,8 @@ def save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
-        os.chmod(temporary, 0o644)  # mkstemp's file can be read by its owner alone.
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def plot_confusion(

@@ -1,7 +1,6 @@
 """What a run tells: `metrics.jsonl`, TensorBoard, and progress on the terminal. Process 0 only."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,15 +11,13 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxseg.files import replacing
+
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON so that the file is either the old one or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -49,9 +46,8 @@ class MetricWriter:
             return
         path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
 

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from jaxseg.files import replacing
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -59,7 +60,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes tensors of the dtypes that `read` knows; the file appears whole or not at all."""
-    path, codes = Path(path), {dtype: code for code, dtype in _DTYPES.items()}
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
@@ -68,15 +69,10 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # The buffers begin at a multiple of eight.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(tensor).tobytes())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).tobytes())
 
 
 def _tensor(where: str, entry: Any, data: np.ndarray) -> np.ndarray:
