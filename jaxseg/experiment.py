@@ -102,6 +102,11 @@ def make_model(
                 f"config.head.guided.prior is {config.head.guided.prior}; allowed with a backbone "
                 "that is trained: 0"
             )
+        if has_prior(config) and isinstance(variant, ResNetVariant):
+            raise ConfigError(
+                f"config.head.guided.prior is {config.head.guided.prior}; allowed with a "
+                f"{variant.name}: 0 (it is solved for on the tokens of a ViT)"
+            )
     if config.task == "attention":
         head = heads[config.head.name](classes=len(queries(names)), **options)
     else:
@@ -328,13 +333,6 @@ class Reader:
                 *(needed, config.memory_gigabytes),
             )
             return None
-        device = jax.local_devices()[0]
-        local = jax.device_put({"backbone": dict(params)}, device)
-        compute = jax.jit(task.features)
-
-        def features(image: np.ndarray) -> np.ndarray:
-            return jax.device_get(compute(local, jax.device_put(image[None], device)))[0]
-
         key = json.dumps([digest, flatten(self._config)["backbone.layers"], stride, task.size])
         key += self._config.backbone.normalization + self._config.backbone.precision
         store = None
@@ -345,7 +343,7 @@ class Reader:
                 raise ConfigError(
                     f"config.data.cache_dir={config.cache_dir!r} cannot be written: {error}"
                 ) from error
-        return FeatureCache(features, key=key, store=store)
+        return FeatureCache(_make_features(task, params), key=key, store=store)
 
     def _options(self) -> dict[str, Any]:
         return dict(
@@ -382,6 +380,18 @@ class Reader:
         return loader.eval_batches(source, batch=self._config.eval.batch, **self._options())
 
 
+def _make_features(task: DenseTask, backbone: Mapping[str, Any]):
+    """A function from one uint8 image to its features, on a device of this process."""
+    device = jax.local_devices()[0]
+    local = jax.device_put({"backbone": dict(backbone)}, device)
+    compute = jax.jit(task.features)
+
+    def features(image: np.ndarray) -> np.ndarray:
+        return jax.device_get(compute(local, jax.device_put(image[None], device)))[0]
+
+    return features
+
+
 # So many groups of categories at most are told apart when the prior is solved for.
 GROUPS = 16
 
@@ -393,8 +403,7 @@ def fit_prior(
     frozen: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
     """The parameters of the guided head's prior, from all training images, unaugmented."""
-    backbone = jax.device_put({"backbone": dict(frozen["backbone"])}, jax.local_devices()[0])
-    features = jax.jit(lambda params, image: task.features(params, image[None])[0])
+    features = None if reader.cached else _make_features(task, frozen["backbone"])
     tokens = jax.jit(lambda x: relative(standardise(x[None]))[0])
     outputs, total = task.model.head.outputs, len(reader)
     several = len(getattr(task, "categories", ())) > 1
@@ -402,7 +411,7 @@ def fit_prior(
 
     def read(index, again):
         shown = reader.example(index)
-        found = shown["features"] if reader.cached else features(backbone, shown["image"])
+        found = features(shown["image"]) if features else shown["features"]
         x = np.asarray(tokens(found))
         h, w, channels = x.shape
         cells = rearrange(shown["mask"], "(h i) (w j) -> (h w) (i j)", h=h, w=w)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import attention_singleclass, deeplab_multiclass, dino
-from jaxseg import compare, predict, run
+from jaxseg import compare, experiment, predict, run
 from jaxseg.config import ConfigError
 from jaxseg.data import DataError
 from jaxseg.experiment import frozen_paths
@@ -316,10 +316,13 @@ def test_the_prior_is_the_same_without_a_cache(trained, data, tmp_path):
         np.testing.assert_allclose(cached, computed, rtol=1e-3, atol=1e-3)
 
 
-def test_a_prior_needs_a_frozen_backbone(trained, data, tmp_path):
+def test_a_prior_needs_a_frozen_vit(trained, data, tmp_path):
     changes = dict(head__name="guided", head__guided__width=8, head__guided__prior=1e-2)
-    changes |= dict(backbone__weights=str(trained["deeplab"][0]), backbone__train="all")
+    weights = dict(backbone__weights=str(trained["deeplab"][0]), backbone__train="all")
     with pytest.raises(
         ConfigError, match="prior is 0.01; allowed with a backbone that is trained: 0"
     ):
-        run.train(_config("deeplab", data, **changes), tmp_path / "w")
+        run.train(_config("deeplab", data, **changes, **weights), tmp_path / "w")
+    frozen = _config("deeplab", data, **changes, backbone__train="none")
+    with pytest.raises(ConfigError, match="prior is 0.01; allowed with a resnet18: 0"):
+        experiment.make_model(frozen, backbones.BACKBONES["resnet18"], CLASSES)
