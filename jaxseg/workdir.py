@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
 from jaxseg.config import ConfigError, check_same_run, validate
 from jaxseg.models import backbones
@@ -83,7 +84,8 @@ def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def _has_checkpoint(workdir: Path) -> bool:
-    return any((workdir / "checkpoints").glob("[0-9]*"))
+    # A save that was cut short has a longer name.
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def begin(workdir: Path, config: ml_collections.ConfigDict, description: Description) -> None:
@@ -104,16 +106,18 @@ def begin(workdir: Path, config: ml_collections.ConfigDict, description: Descrip
         if differ:
             lines = "\n".join(differ)
             raise ConfigError(f"{workdir} holds a run with another model or data:\n{lines}")
-    if jax.process_index() != 0:
-        return
-    try:
-        if not resumed:
-            # They would be taken for this run's.
-            shutil.rmtree(workdir / "frozen", ignore_errors=True)
-        write_json(workdir / "model.json", new)
-        write_json(workdir / "config.json", config.to_dict())
-    except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error}") from error
+    if jax.process_index() == 0:
+        try:
+            if not resumed:
+                # They would be taken for this run's.
+                shutil.rmtree(workdir / "frozen", ignore_errors=True)
+            write_json(workdir / "model.json", new)
+            write_json(workdir / "config.json", config.to_dict())
+        except OSError as error:
+            raise ConfigError(f"cannot write to --workdir={workdir}: {error}") from error
+    if jax.process_count() > 1:
+        # Or another process would still find, and wait to share, what is being removed.
+        multihost_utils.sync_global_devices("workdir begun")
 
 
 @contextlib.contextmanager
