@@ -99,12 +99,10 @@ def fit(
         raise ValueError("no training image has a labelled pixel")
     solution, residual = _solve(list(moments.values()), penalty)
     # With one group there is nothing unseen to judge by; its own scores have to do.
-    unseen = {
-        group: _solve([m for g, m in moments.items() if g != group or len(moments) == 1], penalty)[
-            0
-        ]
-        for group in moments
-    }
+    unseen = {}
+    for group in moments:
+        others = [m for g, m in moments.items() if g != group] or list(moments.values())
+        unseen[group], _ = _solve(others, penalty)
     judged: dict[int, list[tuple]] = {group: [] for group in moments}
     for i in range(0, images, -(-images // JUDGED)):
         x, share, weights, group = example(i, True)

@@ -67,11 +67,11 @@ def test_is_ridge_regression_with_the_best_threshold_for_groups_left_out():
             best += [[_iou(unseen > t, share[:, k], w) for t in ridge.THRESHOLDS]]
         want = whole[:, k] * 2 / residual[k]
         want[-1] -= ridge.THRESHOLDS[np.argmax(np.mean(best, 0))] * 2 / residual[k]
-        np.testing.assert_allclose([*kernel[:, k], bias[k]], want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose([*kernel[:, k], bias[k]], want, rtol=1e-5, atol=1e-6)
 
 
 def test_log_odds_are_those_of_discriminant_analysis():
-    """Up to the threshold, which for two classes of one size and shape is the same too."""
+    """Up to a constant: where they cross zero is chosen otherwise."""
     rng = np.random.default_rng(1)
     label = rng.integers(0, 2, 20000)
     x = rng.normal(size=(20000, 3)) + np.outer(label, [0.5, 1.0, 0.0])
@@ -79,7 +79,10 @@ def test_log_odds_are_those_of_discriminant_analysis():
     examples = [(x[p], label[p, None], np.ones(5000), i) for i, p in enumerate(parts)]
     kernel, bias = _fit(examples, 1e-9)
     model = LinearDiscriminantAnalysis().fit(x, label)
-    np.testing.assert_allclose(x @ kernel + bias, model.decision_function(x)[:, None], atol=0.2)
+    got, want = (x @ kernel)[:, 0], model.decision_function(x)
+    np.testing.assert_allclose(got - got.mean(), want - want.mean(), atol=0.05)
+    # For two classes of one size and shape that is the same place, to the nearest thresholds.
+    assert abs(got.mean() + bias[0] - want.mean()) < 0.2
 
 
 def test_of_unseen_objects_more_is_found():
@@ -101,12 +104,12 @@ def test_of_unseen_objects_more_is_found():
 def test_tokens_without_weight_count_nowhere():
     examples = list(_examples(np.random.default_rng(4)))
     spoiled = [
-        (np.where(w[:, None] < 0.5, 1e3, x), np.where(w[:, None] < 0.5, 0, y), w * (w >= 0.5), g)
+        (np.where(w[:, None] < 0.5, 1e3, x), np.where(w[:, None] < 0.5, -9, y), w * (w >= 0.5), g)
         for x, y, w, g in examples
     ]
     clean = [(x, y, w * (w >= 0.5), g) for x, y, w, g in examples]
     for got, want in zip(_fit(spoiled, 0.1), _fit(clean, 0.1), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_one_image_is_enough():
