@@ -13,9 +13,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, such as configs/pac_objseg.py."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_MODE = flags.DEFINE_enum(
-    *("mode", "train", ["train", "eval", "analyze", "predict", "compare", "export"], "What to do.")
-)
+_MODES = ["train", "eval", "analyze", "predict", "compare", "export"]
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do.")
 _INPUTS = flags.DEFINE_string("inputs", None, "predict: an image, a folder or a quoted glob.")
 _OUTPUTS = flags.DEFINE_string(
     "outputs", None, "predict: the folder for masks; export: a .safetensors file."

@@ -104,9 +104,9 @@ def from_flax(params: Mapping[str, Any], variant: Variant) -> dict[str, np.ndarr
         node: Any = params
         for key in path.split("/"):
             node = node.get(key) if isinstance(node, Mapping) else None
-        array = _INVERSE.get(transform, np.asarray)(np.asarray(node))
-        if array.shape != shape:
-            raise ValueError(f"parameters of {variant.name}: {path} has no shape {shape}")
+        array = None if node is None else _INVERSE.get(transform, np.asarray)(np.asarray(node))
+        if array is None or array.shape != shape:
+            raise ValueError(f"parameters of {variant.name}: {path} is missing or no {shape}")
         tensors[name] = np.ascontiguousarray(array, np.float32)
     return tensors
 
