@@ -1,9 +1,9 @@
-"""Scores of images of any size from a function that scores batches: whole, by windows, at scales.
+"""Scores of images of any size from a function that scores batches: by windows, at several scales.
 
-All of them turn a `Predict` into scores of the images' own size, on the host, and take and return
-what a `Predict` does, so that they compose: `multi_scale(partial(sliding_window, predict, ...), x)`.
-They average what `predict` gives. Averages should be of probabilities, not of logits: an
-overconfident window would otherwise outvote the others. `probabilities` makes them.
+Both turn a `Predict` into scores of the images' own size, on the host, and take and return what a
+`Predict` does, so that they compose: `multi_scale(partial(sliding_window, predict, ...), x)`. They
+average what `predict` gives. Averages should be of probabilities, not of logits: an overconfident
+window would otherwise outvote the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxseg.ops.resize import resize_bilinear
@@ -19,49 +18,8 @@ from jaxseg.ops.resize import resize_bilinear
 # Float images `B x H x W x 3` in [0, 1] -> scores `B x H x W x K`, an array of NumPy or JAX.
 Predict = Callable[[np.ndarray], Any]
 
-PADDINGS = ("edge", "mean")
 BLENDS = ("hann", "uniform")
-ACTIVATIONS = {"softmax": jax.jit(jax.nn.softmax), "sigmoid": jax.jit(jax.nn.sigmoid)}
 _resize = jax.jit(partial(resize_bilinear, antialias=True), static_argnums=1)
-
-
-def probabilities(logits: Predict, kind: str = "softmax") -> Predict:
-    """Makes logits into probabilities, on the device and in float32.
-
-    Args:
-      logits: `images -> logits B x H x W x K`.
-      kind: "softmax" over the K classes, or "sigmoid" of each for K independent labels.
-
-    Raises:
-      ValueError: there is no such kind, or (when called) a softmax of a single logit is asked for.
-    """
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"kind is {kind!r}: allowed are {', '.join(ACTIVATIONS)}")
-
-    def predict(image_BxHxWx3: np.ndarray) -> jax.Array:
-        x = jnp.asarray(logits(image_BxHxWx3), jnp.float32)
-        if kind == "softmax" and x.shape[-1] == 1:
-            raise ValueError("the softmax of one logit is 1 everywhere: use kind='sigmoid'")
-        return ACTIVATIONS[kind](x)
-
-    return predict
-
-
-def whole(
-    predict: Predict, image_BxHxWx3: np.ndarray, *, multiple: int = 1, pad: str = "edge"
-) -> np.ndarray:
-    """Scores of whole images, float32 `B x H x W x K`.
-
-    Args:
-      predict: gives the scores.
-      image_BxHxWx3: uint8, or float in [0, 1].
-      multiple: what the height and width that `predict` sees are to be multiples of. What is missing
-        is added below and to the right, and cut off the scores.
-      pad: "edge" repeats the border, "mean" is the image's mean colour.
-    """
-    height, width = _check_image(image_BxHxWx3)
-    size = tuple(-(-n // multiple) * multiple for n in (height, width))
-    return _scores(predict, _pad(_to_float(image_BxHxWx3), size, pad))[:, :height, :width]
 
 
 def window_starts(length: int, window: int, stride: int) -> np.ndarray:
@@ -91,23 +49,22 @@ def sliding_window(
     overlap: float = 0.5,
     stride: tuple[int, int] | None = None,
     blend: str = "hann",
-    pad: str = "edge",
     batch: int = 4,
 ) -> np.ndarray:
     """Scores of images of any size from overlapping windows, float32 `B x H x W x K`.
 
-    All windows lie inside the image. `predict` only ever sees `batch x window x 3`, so it compiles
-    once; the device holds one batch of windows, the host the scores.
+    All windows lie inside the image; a smaller image is continued by its border. `predict` only ever
+    sees `batch x window x 3`, so it compiles once; the device holds one batch of windows, the host the
+    scores.
 
     Args:
       predict: gives the scores of windows.
       image_BxHxWx3: uint8, or float in [0, 1].
-      window: (height, width). Smaller images are padded, and the scores of the padding cut off.
+      window: (height, width).
       overlap: share of a window that the next one covers again, in [0, 1).
       stride: pixels from one window to the next, instead of the overlap.
       blend: how windows are weighted where they overlap, before the weights are divided by their
         sum: "hann" (least at the window's border, so that there are no seams) or "uniform".
-      pad: as in `whole`.
       batch: windows at a time; the last ones are filled up with repetitions.
 
     Raises:
@@ -117,7 +74,7 @@ def sliding_window(
     stride = _strides(window, overlap, stride)
     if batch < 1:
         raise ValueError(f"batch is {batch}: it must be at least 1")
-    image = _pad(image_BxHxWx3, tuple(map(max, (height, width), window)), pad)
+    image = _pad(image_BxHxWx3, tuple(map(max, (height, width), window)))
     ys, xs = map(window_starts, image.shape[1:3], window, stride)
     rows, columns = (window_weights(s, n, blend) for s, n in zip((ys, xs), window, strict=True))
     places = [(b, i, j) for b in range(len(image)) for i in range(len(ys)) for j in range(len(xs))]
@@ -195,18 +152,10 @@ def _to_float(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0)
 
 
-def _pad(image: np.ndarray, size: tuple[int, int], pad: str) -> np.ndarray:
-    if pad not in PADDINGS:
-        raise ValueError(f"pad is {pad!r}: allowed are {', '.join(PADDINGS)}")
+def _pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Continues the border of images below and to the right, up to `size`."""
     (h, w), image = image.shape[1:3], np.asarray(image)
-    if size == (h, w):
-        return image
-    margins = ((0, 0), (0, size[0] - h), (0, size[1] - w), (0, 0))
-    padded = np.pad(image, margins, mode="edge")
-    if pad == "mean":
-        colour = image.mean((1, 2), keepdims=True).astype(image.dtype)
-        padded[:, h:], padded[:, :, w:] = colour, colour
-    return padded
+    return np.pad(image, ((0, 0), (0, size[0] - h), (0, size[1] - w), (0, 0)), mode="edge")
 
 
 def _strides(window, overlap, stride) -> tuple[int, int]:

@@ -9,9 +9,7 @@ import pytest
 
 from jaxseg.evaluate.inference import (
     multi_scale,
-    probabilities,
     sliding_window,
-    whole,
     window_starts,
     window_weights,
 )
@@ -54,8 +52,7 @@ def test_windows_do_not_show_in_a_pointwise_network(size, blend, step):
 
 
 @pytest.mark.parametrize("size", [(10, 30), (40, 11), (3, 5)])
-@pytest.mark.parametrize("pad", ["edge", "mean"])
-def test_images_smaller_than_the_window(size, pad):
+def test_images_smaller_than_the_window(size):
     image = _image(*size)
     seen = []
 
@@ -63,12 +60,11 @@ def test_images_smaller_than_the_window(size, pad):
         seen.append(windows)
         return _pointwise(windows)
 
-    got = sliding_window(predict, image, window=(16, 24), pad=pad)
+    got = sliding_window(predict, image, window=(16, 24))
     np.testing.assert_allclose(got, _pointwise(image), atol=1e-6)
     if size == (3, 5):
         window = seen[0][0]
-        fill = image[0].mean((0, 1)) if pad == "mean" else image[0, -1, -1]
-        np.testing.assert_allclose(window[-1, -1], fill, rtol=1e-5)
+        np.testing.assert_array_equal(window[-1, -1], image[0, -1, -1])
         np.testing.assert_array_equal(window[:3, :5], image[0])
 
 
@@ -140,29 +136,17 @@ def test_one_compiled_shape_whatever_the_image(batch):
 def test_bytes_are_read_as_numbers_up_to_one():
     image = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3)).astype(np.uint8)
     expected = _pointwise(image.astype(np.float32) / 255)
-    for run in (whole, partial(sliding_window, window=(16, 16))):
-        np.testing.assert_allclose(run(_pointwise, image), expected, atol=1e-6)
+    got = sliding_window(_pointwise, image, window=(16, 16))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
     got = multi_scale(_pointwise, image, scales=(1.0,), multiple=1)
     np.testing.assert_allclose(got, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("pad", ["edge", "mean"])
-def test_whole_images_are_padded_to_a_multiple(pad):
-    image = _image(21, 34)
-
-    def predict(x):
-        assert x.shape == (1, 32, 48, 3)
-        return _pointwise(x)
-
-    np.testing.assert_array_equal(whole(predict, image, multiple=16, pad=pad), _pointwise(image))
-    np.testing.assert_array_equal(whole(_positional, image), np.float32(_positional(image)))
 
 
 @pytest.mark.parametrize("network", [_pointwise, _neighbours])
 def test_a_symmetric_network_is_not_changed_by_the_flip(network):
     image = _image(33, 21)
     got = multi_scale(network, image, scales=(1.0,), flip=True, multiple=1)
-    np.testing.assert_allclose(got, whole(network, image), atol=1e-5)
+    np.testing.assert_allclose(got, network(image), atol=1e-5)
 
 
 def test_the_flip_is_undone():
@@ -203,7 +187,7 @@ def test_a_constant_predictor_gives_the_constant():
         return np.broadcast_to(np.float32([0.2, 0.7, 0.1]), (*x.shape[:3], 3))
 
     tiled = partial(sliding_window, predict, window=(16, 24))
-    for run in (predict, tiled, partial(whole, predict, multiple=32)):
+    for run in (predict, tiled):
         for image in (_image(37, 45), _image(5, 7)):
             got = multi_scale(run, image, scales=(0.5, 1.25), multiple=4)
             assert got.shape == (*image.shape[:3], 3)
@@ -218,20 +202,6 @@ def test_scales_over_windows_is_scales_over_whole_images():
     np.testing.assert_allclose(got, multi_scale(_pointwise, image, **scales), atol=1e-6)
 
 
-def test_probabilities():
-    logits = np.random.default_rng(0).normal(size=(1, 4, 5, 3)).astype(np.float32)
-    got = probabilities(lambda _: logits)(None)
-    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    got = probabilities(lambda _: logits.astype(np.float16), "sigmoid")(None)
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, 1 / (1 + np.exp(-logits)), atol=1e-3)
-    with pytest.raises(ValueError, match="sigmoid"):
-        probabilities(lambda _: logits[..., :1])(None)
-    with pytest.raises(ValueError, match="'tanh'"):
-        probabilities(lambda _: logits, "tanh")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,7 +210,6 @@ def test_probabilities():
         ({"stride": (0, 4)}, r"\(0, 4\)"),
         ({"window": (0, 8)}, r"\(0, 8\)"),
         ({"blend": "cosine"}, "'cosine'"),
-        ({"pad": "zero"}, "'zero'"),
         ({"batch": 0}, "batch is 0"),
     ],
 )
@@ -255,8 +224,8 @@ def test_bad_scales_images_and_scores_are_named():
         with pytest.raises(ValueError, match="must be positive"):
             multi_scale(_pointwise, image, **options)
     with pytest.raises(ValueError, match="int64"):
-        whole(_pointwise, np.zeros((1, 4, 4, 3), np.int64))
+        multi_scale(_pointwise, np.zeros((1, 4, 4, 3), np.int64))
     with pytest.raises(ValueError, match=r"\(20, 20, 3\)"):
-        whole(_pointwise, image[0])
+        multi_scale(_pointwise, image[0])
     with pytest.raises(ValueError, match=r"\(1, 10, 10, 3\)"):
-        whole(lambda x: x[:, ::2, ::2], image)
+        multi_scale(lambda x: x[:, ::2, ::2], image, scales=(1.0,), multiple=1)
