@@ -123,14 +123,20 @@ def _laptop(config: ml_collections.ConfigDict) -> None:
 
 
 def _shapes(config: ml_collections.ConfigDict) -> None:
-    config.data.update(name="kinds", length=22000, size=(64, 64))
-    config.backbone.variant = "vit_shapes8"
+    """Shoals of 128 x 128: crops of about the scale of `shapes`, whose colours tell little."""
+    config.data.update(name="kinds", length=20000, size=(128, 128))
+    config.backbone.update(variant="vit_micro8", drop_path=0.0)
     config.views.update(
-        global_size=64, local_size=32, local_count=4, blur=(0.5, 0.1, 0.3), local_scale=(0.15, 0.5)
+        global_size=64,
+        global_scale=(0.2, 0.6),
+        local_size=32,
+        local_scale=(0.06, 0.2),
+        local_count=4,
     )
+    config.views.update(blur=(0.5, 0.1, 0.3), saturation=0.4, hue=0.5)
     config.dino.update(
         outputs=1024, hidden=1024, batch_norm=True, momentum=0.99, freeze_last_layer=0.2
     )
-    config.optim.update(lr=5e-4, lr_batch=0, weight_decay_end=-1.0)
-    config.train.update(batch=64, epochs=10.0, eval_every=300, log_every=25)
-    config.eval.update(split="test", limit=1100, batch=100)
+    config.optim.update(lr=1e-3, lr_batch=0, weight_decay_end=-1.0)
+    config.train.update(batch=64, epochs=16.0, eval_every=500, log_every=25)
+    config.eval.update(split="test", limit=550, batch=50)

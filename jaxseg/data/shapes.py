@@ -1,6 +1,6 @@
 """The built-in data set `shapes`: find the fish among objects of the same colours and textures.
 
-`Scenes` are the same images with the kind of every object, `Kinds` the objects one by one.
+`Scenes` are the same images with the kind of every object, `Kinds` shoals of one kind each.
 
 Everything is drawn: no file, no network. Example i follows from (seed, split, i) alone.
 """
@@ -99,9 +99,12 @@ class Scenes(Shapes):
 
 
 class Kinds(Shapes):
-    """The same objects, one an image: its kind is the category, and the mask is the object's.
+    """Shoals: the same objects, each image of one kind only. The kind is the category.
 
-    For pretraining and for k-NN, which need an image to have one class. Kinds are equally frequent.
+    For pretraining and for k-NN, which need an image to have one class. As in pictures of the world
+    what lies together is alike, so two crops of an image have the kind in common, and the colour of the
+    ground, but hardly anything else: skins, sizes and turns differ from object to object. The mask is 1
+    on all objects. Kinds are equally frequent.
     """
 
     all_categories = KINDS
@@ -154,14 +157,17 @@ def draw_scene(dice: forms.Dice, size: tuple[int, int]) -> tuple[np.ndarray, np.
 
 
 def draw_kind(dice: forms.Dice, size: tuple[int, int], kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """One image (uint8 HxWx3) of one object of a kind, and the object's mask (uint8 HxW)."""
+    """One image (uint8 HxWx3) of a shoal, objects of one kind, and their mask (uint8 HxW)."""
     canvas = Canvas(dice, size)
-    scale = dice.uniform(0.26, 0.4) * min(canvas.width, canvas.height)
-    pose = _pose(dice, canvas, scale, 0.9 * scale, [])
-    skin = draw_skin(dice, canvas.colour)
-    canvas.paint(dice, getattr(forms, kind)(dice), skin, pose, 1, lambda window, inside: True)
-    mask = (canvas.owner == 1).astype(np.uint8)
-    return canvas.finish(dice), mask
+    centres = []
+    for number in range(1, 1 + round(canvas.height * canvas.width / 128**2 * dice.uniform(5, 22))):
+        scale = dice.uniform(16, 36)
+        pose = _pose(dice, canvas, scale, 0.4 * scale, centres)
+        skin = draw_skin(dice, canvas.colour)
+        shape = getattr(forms, kind)(dice)
+        if canvas.paint(dice, shape, skin, pose, number, lambda window, inside: True):
+            centres.append(pose.centre)
+    return canvas.finish(dice), (canvas.owner > 0).astype(np.uint8)
 
 
 def _pose(dice: forms.Dice, canvas: Canvas, scale: float, margin: float, centres: list) -> Pose:

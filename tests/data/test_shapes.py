@@ -300,3 +300,28 @@ def test_every_kind_occurs_in_scenes():
     source = shapes.Scenes("val", size=(64, 64))
     found = set().union(*(np.unique(source[i]["mask"]) for i in range(60)))
     assert found == set(range(len(source.mask_names)))
+
+
+def test_a_shoal_is_of_one_kind_and_all_kinds_are_equally_frequent(monkeypatch):
+    drawn = []
+
+    def recorded(name, form):
+        def draw(dice):
+            drawn.append(name)
+            return form(dice)
+
+        return draw
+
+    for kind in shapes.KINDS:
+        monkeypatch.setattr(shapes_forms, kind, recorded(kind, getattr(shapes_forms, kind)))
+    source = shapes.Kinds("val", length=2 * len(shapes.KINDS))
+    counts = np.zeros(len(shapes.KINDS), int)
+    for i in range(len(source)):
+        drawn.clear()
+        example = source[i]
+        kind = shapes.KINDS[example["category"]]
+        counts[example["category"]] += 1
+        assert set(drawn) == {kind} and len(drawn) >= 5
+        assert example["name"].startswith(f"{kind}/")
+        assert 0.05 < example["mask"].mean() < 0.98
+    assert (counts == 2).all()
