@@ -226,7 +226,8 @@ def get_pretraining_config() -> ml_collections.ConfigDict:
     config.eval.update(
         train_split="train",  # whose labelled images k-NN compares with
         limit=2000,  # images of each split, evenly spaced, that k-NN compares; 0 = all
-        resolution=0,  # shorter side of the images that the backbone sees; 0 = theirs
+        resolution=0,  # shorter side of the images that the backbone sees; 0 = that of data.size
+        crop=1.0,  # share of the sides that k-NN and the probe see; 0.875 is the field's for ImageNet
         k=20,
         temperature=0.07,
     )

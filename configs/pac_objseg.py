@@ -2,7 +2,9 @@
 
     python main.py --config=configs/pac_objseg.py --workdir=W
 
-Draws the `shapes` data set and trains a small ViT and the `guided` head together.
+Draws the `shapes` data set and trains the `guided` head on a small ViT that was pretrained on other
+drawn images without labels (`configs/dino.py:shapes`) and rests. `--config.backbone.weights=` trains a
+ViT from scratch together with the head.
 
 Presets, after a colon:
   real      images of your own on a frozen pretrained backbone (`--config.data.root=`,
@@ -27,12 +29,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
     config = get_segmentation_config()
+    config.backbone.update(weights="shapes_micro8", layers=(-3, -2, -1))
     config.loss.dice = 1.0
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=4e-3, weight_decay=0.05, average=0.99)
-    config.train.update(batch=8, epochs=8.0, eval_every=1000, checkpoint_every=250, log_every=50)
+    config.train.update(batch=8, epochs=12.0, eval_every=1000, checkpoint_every=250, log_every=50)
     if "real" in presets or "course" in presets:
         config.data.name = "folder"
+        config.backbone.update(weights="", layers=(-1,))
         config.head.guided.guide_widths = (8, 16, 32)
         config.train.update(batch=4, eval_every=0, log_every=10)
         config.eval.batch = 4

@@ -137,7 +137,7 @@ class _Analysis:
     def _features(self, source, variables) -> dict[str, np.ndarray]:
         """`cls` and, as a baseline, `pixels` of all images of a source."""
         reader = pretrain.Reader(self.config, source, self.size)
-        batches, count = reader.spread(0)
+        batches, count = reader.spread(self.config.eval.limit)
         return self._gather(variables, batches, total=count, label="features")
 
     def _classes(self, found: Mapping[str, np.ndarray]) -> None:
@@ -149,9 +149,7 @@ class _Analysis:
                 f"those of {self.config.eval.split} are {self.names}: they must be the same"
             )
         train = self._features(reference, self.variables)
-        seen = pretrain.network_size(self.config, self.backbone, self.size)
-        example = jnp.zeros((1, *seen, 3))
-        untrained = jax.jit(self.backbone.init)(jax.random.key(self.config.seed), example)
+        untrained = self._untrained(reference)
         mean = train["pixels"].mean(0)
         rows = {
             "backbone": (train["cls"], found["cls"]),
@@ -186,6 +184,31 @@ class _Analysis:
             "Singular values of the features",
             lambda path: rank.plot_spectrum({n: b for n, (_, b) in rows.items()}, path),
         )
+
+    def _untrained(self, reference) -> dict[str, Any]:
+        """Fresh variables; batch norm's running statistics are those of the reference images."""
+        seen = pretrain.network_size(self.config, self.backbone, self.size)
+        init = jax.jit(self.backbone.init)
+        variables = dict(init(jax.random.key(self.config.seed), jnp.zeros((1, *seen, 3))))
+        if not variables.get("batch_stats"):
+            return variables
+        prepare = pretrain.make_input(self.config, self.backbone)
+
+        @jax.jit
+        def see(variables, image):
+            _, changed = self.backbone.apply(
+                variables, prepare(image), train=True, mutable=["batch_stats"]
+            )
+            return {**variables, **changed}
+
+        # Momentum 0.9: after fifty batches half a percent of the initial values is left.
+        batches, _ = pretrain.Reader(self.config, reference, self.size).spread(
+            50 * self.config.eval.batch
+        )
+        for batch in batches:
+            batch = partition.put_batch(self.mesh, batch)
+            variables = see(variables, batch["image"])
+        return variables
 
     def _neighbors(self, found: Mapping[str, np.ndarray], labelled: bool) -> None:
         count = len(found["cls"])
@@ -242,8 +265,8 @@ class _Analysis:
         examples = [self.held_out[int(i)] for i in sources.spread(len(self.held_out), _PICTURES)]
         outputs = [self._look(example) for example in examples]
         images = [image for image, _, _, _ in outputs]
-        tokens = np.stack([patches for _, patches, _, _ in outputs])
-        if min(tokens.shape[1:3]) > 1:
+        tokens = [patches for _, patches, _, _ in outputs]
+        if min(min(x.shape[:2]) for x in tokens) > 1:
             self._show(
                 "pca.png",
                 "The first three principal components of the patch tokens as red, green and blue",
@@ -270,6 +293,8 @@ class _Analysis:
     def _look(self, example: Mapping[str, Any]):
         """(image, patch tokens, attention [heads, h, w] or None, mask or None) of an example."""
         example = sources.fit(dict(example), self.size, multiple=1)
+        h, w = example.get("extent", example["image"].shape[:2])
+        example = {k: example[k][:h, :w] for k in ("image", "mask") if k in example}
         out = self._apply(self.variables, jnp.asarray(example["image"][None]))
         patches = np.asarray(out["patches"][0])
         attention = None

@@ -99,10 +99,12 @@ TASK_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _PRETRAINING: dict[str, tuple[float, float]] = {
     "backbone.drop_path": (0, 0.9),
-    **{f"views.{name}": (0, 1) for name in ("flip", "jitter", "gray", "hue")},
+    **{f"views.{name}": (0, 1) for name in ("flip", "jitter", "gray")},
+    "views.hue": (0, 0.5),
     **{f"views.{name}": (0, 1) for name in ("brightness", "contrast", "saturation")},
     "eval.limit": (0, 2**31 - 1),
     "eval.resolution": (0, 4096),
+    "eval.crop": (0.05, 1),
     "eval.k": (1, 2**20),
     "eval.temperature": (1e-3, 1e3),
 }

@@ -33,6 +33,7 @@ def main(
     if mode == "train":
         if config is None:
             raise ConfigError("--mode=train needs --config=configs/FILE.py")
+        _check_variant(config, overrides)
         _module(config.task).train(config, workdir)
     elif mode == "eval":
         _module(folder.load(workdir, overrides)[0].task).evaluate(workdir, overrides)
@@ -61,6 +62,19 @@ def main(
             probabilities=probabilities,
         )
         print(f"{len(masks)} masks and overlays in {outputs}")
+
+
+def _check_variant(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Refuses a variant on the command line that the weights of the config would overrule."""
+    asked, source = overrides.get("backbone.variant"), config.backbone.weights
+    if asked is None or not source:
+        return
+    found = weights.load(source).variant.name
+    if asked != found:
+        raise ConfigError(
+            f"config.backbone.variant is {asked}, but config.backbone.weights={source} holds a {found}; "
+            "leave one of them out (--config.backbone.weights= starts from scratch)"
+        )
 
 
 def _module(task: str):

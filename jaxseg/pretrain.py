@@ -24,14 +24,14 @@ from jaxseg.models import backbones
 from jaxseg.models.projection import ProjectionHead
 from jaxseg.models.segmenter import normalize
 from jaxseg.ops.resize import resize_bilinear
-from jaxseg.ops.views import View
+from jaxseg.ops.views import View, center_crops
 from jaxseg.tasks.dino import DinoTask
 from jaxseg.tasks.rotation import RotationTask
 from jaxseg.train import loop, optim, partition, schedules
 from jaxseg.train.checkpoint import Checkpointer
 from jaxseg.train.collapse import CollapseMonitor
 from jaxseg.train.state import TrainState
-from jaxseg.train.writers import write_json
+from jaxseg.train.writers import read_metrics, write_json
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +119,13 @@ class Reader:
       config: the run's config.
       source: what to read; masks are left out.
       size: (H, W) of the canvas.
+      share: of `config.data.memory_gigabytes` that it may keep.
     """
 
-    def __init__(self, config, source: sources.Source, size: tuple[int, int]):
+    def __init__(self, config, source: sources.Source, size: tuple[int, int], share: float = 0.25):
         self._config = config
-        self._source = PreparedSource(
-            _WithoutMasks(source), size, multiple=1, memory=config.data.memory_gigabytes * 1e9
-        )
+        memory = share * config.data.memory_gigabytes * 1e9
+        self._source = PreparedSource(_WithoutMasks(source), size, multiple=1, memory=memory)
 
     def _options(self) -> dict[str, Any]:
         return dict(
@@ -206,16 +206,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             ),
             mesh=mesh,
             layout=config.sharding.params,
-            batches=Reader(config, source, size).train_batches,
+            batches=Reader(config, source, size, share=0.5).train_batches,
             batch_size=config.train.batch,
             seed=config.seed,
             workdir=workdir,
             evaluate=_validation(config, task, size, mesh, workdir),
             best_metric="knn",
             accumulate=config.train.accumulate,
-            watch=CollapseMonitor(config.dino.student_temperature)
-            if config.task == "dino"
-            else None,
+            watch=_monitor(config, workdir),
         ).run(params, {})
     try:
         return evaluate(workdir, {})
@@ -226,6 +224,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             error,
         )
         return {}
+
+
+def _monitor(config: ml_collections.ConfigDict, workdir: Path) -> CollapseMonitor | None:
+    """Watches a run of DINO, with what its folder says of the steps before."""
+    if config.task != "dino":
+        return None
+    highest = max((row.get("teacher_kl", 0.0) for row in read_metrics(workdir)), default=0.0)
+    return CollapseMonitor(config.dino.student_temperature, highest=highest)
 
 
 class Judge:
@@ -259,7 +265,7 @@ class Judge:
         def score(state, batch):
             # A padding row's index is 0; it counts for nothing.
             batch = {**batch, "row": batch["index"]}
-            loss, found = task.loss(state.params, state.extra, batch, rng, state.step)
+            loss, found = task.loss(state.params, state.extra, batch, rng, state.step, train=False)
             return {"loss": loss, **found["scores"]}, batch["valid"].sum()
 
         self._score = jax.jit(score)
@@ -321,18 +327,27 @@ def make_input(config: ml_collections.ConfigDict, backbone: nn.Module):
 
     def prepare(image):
         size = network_size(config, backbone, image.shape[1:3])
-        image = resize_bilinear(image.astype(jnp.float32) / 255.0, size)
+        image = resize_bilinear(image.astype(jnp.float32) / 255.0, size, antialias=True)
         return normalize(image, config.backbone.normalization)
 
     return prepare
 
 
 def make_embedding(config: ml_collections.ConfigDict, backbone: nn.Module):
-    """`embed(variables of the backbone, batch) -> {"cls": [B, D]}` of a batch's whole images."""
-    prepare = make_input(config, backbone)
+    """`embed(variables of the backbone, batch) -> {"cls": [B, D]}` of the images' centres.
+
+    The cut has the shape of the canvas and `config.eval.crop` of the sides that fit into the image; so
+    the network never sees what is around the image in the canvas.
+    """
 
     def embed(variables, batch):
-        return {"cls": backbone.apply(variables, prepare(batch["image"]))["cls"]}
+        size = network_size(config, backbone, batch["image"].shape[1:3])
+        images = center_crops(batch["image"], batch["extent"], size, share=config.eval.crop)
+        return {
+            "cls": backbone.apply(variables, normalize(images, config.backbone.normalization))[
+                "cls"
+            ]
+        }
 
     return embed
 

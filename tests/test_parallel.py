@@ -92,26 +92,33 @@ def test_a_batch_smaller_than_the_devices(tmp_path):
 
 DINO_CONFIG = "--config=configs/dino.py"
 # The paper's recipe but for the sizes; ten images, so that the last rows of a batch are a new epoch.
-DINO_SETTINGS = tiny_arguments(DINO_OVERRIDES, data__limit=10, train__steps=20)
+# The teacher is fast and the learning rate high, so that both networks move far in twenty steps.
+DINO_SETTINGS = tiny_arguments(
+    DINO_OVERRIDES, data__limit=10, train__steps=20, optim__lr=0.02, dino__momentum=0.9
+)
 
 
 def _teacher(workdir):
-    """(loss by step, centre and teacher after the last)."""
+    """(loss by step; centre, teacher and student after the last)."""
     import jax
 
     from jaxseg import pretrain
 
     state = pretrain.restore(workdir, {}).state
     return losses(workdir), jax.tree.map(
-        np.asarray, (state.extra["center"], state.extra["teacher"])
+        np.asarray, (state.extra["center"], state.extra["teacher"], state.params)
     )
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
 
 
 def _assert_same_teacher(a, b):
     np.testing.assert_allclose(a[0], b[0], atol=1e-5)
-    import jax
-
-    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+    for x, y in zip(_leaves(a[1]), _leaves(b[1]), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
@@ -131,11 +138,31 @@ def pretrained(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "devices, changes",
-    [(8, ["--config.sharding.params=fsdp"]), (1, ["--config.train.accumulate=4"])],
-    ids=["eight devices, fsdp", "four parts"],
+    [(8, []), (8, ["--config.sharding.params=fsdp"]), (1, ["--config.train.accumulate=4"])],
+    ids=["eight devices", "eight devices, fsdp", "four parts"],
 )
 def test_pretraining_is_the_same(pretrained, tmp_path, devices, changes):
     _assert_same_teacher(pretrained, _pretrain(tmp_path / "w", devices, *changes))
+
+
+@pytest.mark.slow
+def test_teacher_and_student_move(pretrained, tmp_path):
+    """What the others compare is not what the run began with."""
+    begun = _pretrain(tmp_path / "w", 1, "--config.train.steps=1", "--config.optim.lr=1e-12")
+    for tree, before in zip(pretrained[1], begun[1], strict=True):
+        moved = [np.abs(x - y).max() for x, y in zip(*map(_leaves, (tree, before)), strict=True)]
+        assert max(moved) > 1e-3
+
+
+@pytest.mark.slow
+def test_batch_norm_in_the_head_on_eight_devices(tmp_path):
+    norm = "--config.dino.batch_norm=True"
+    one = _pretrain(tmp_path / "one", 1, norm)
+    _assert_same_teacher(one, _pretrain(tmp_path / "eight", 8, norm))
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    arguments = [f"--workdir={tmp_path / 'three'}", *DINO_SETTINGS, norm]
+    done = run_main(DINO_CONFIG, *arguments, environment=environment)
+    assert "config.train.batch is 8; allowed with batch norm on 3 devices: mult" in done.stderr
 
 
 @pytest.mark.slow

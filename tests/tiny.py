@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = {
     "data.size": (32, 32),
     "data.limit": 6,
+    "backbone.weights": "",
+    "backbone.layers": (-1,),
     "head.name": "linear",
     "augment.flip": 0.0,
     "train.eval_every": 0,

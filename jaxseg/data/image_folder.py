@@ -1,5 +1,6 @@
 """Images without masks, in folders or zip files, with the class that their folder names."""
 
+import hashlib
 import io
 import os
 import threading
@@ -16,8 +17,8 @@ SPLITS = ("train", "val", "test")
 class Images:
     """All images below a folder, or in a zip file, for pretraining and for k-NN.
 
-      1. `root/{train,val,test}/...`: the images of a split are those below its folder. A folder
-         without such names is a `train` split as a whole.
+      1. `root/{train,val,test}/...`: the images of a split are those below its folder. Of a folder
+         without such names a tenth is `val`, chosen by a hash of the names, and the rest is `train`.
       2. Below that, the first folder of an image's path is its class; images without one have none
          (`category` -1).
 
@@ -42,10 +43,15 @@ class Images:
             raise DataError(f"{self._root} holds no images; suffixes are {' '.join(SUFFIXES)}")
         present = {name.split("/")[0] for name in names if "/" in name} & set(SPLITS)
         prefix = f"{split}/" if present else ""
-        if (present and split not in present) or (not present and split != "train"):
-            known = ", ".join(sorted(present)) or "train, as it has no folders train, val or test"
+        if present or "{split}" in str(root):
+            inside = [name for name in names if name.startswith(prefix)]
+        else:
+            inside = _part(names, split)
+        if not inside:
+            known = ", ".join(sorted(present)) or (
+                "train, and val of ten images or more, as it has no folders train, val or test"
+            )
             raise DataError(f"{self._root} has no split {split!r}: it has {known}")
-        inside = [name for name in names if name.startswith(prefix)]
         labels = [_label(name.removeprefix(prefix)) for name in inside]
         found = tuple(sorted({label for label in labels if label}))
         unknown = sorted(set(categories) - set(found))
@@ -113,6 +119,14 @@ class Images:
 
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _part(names: list[str], split: str) -> list[str]:
+    """The names of a split of a folder without splits; adding images moves few between them."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    tenth = len(names) // 10
+    parts = {"val": ranked[:tenth], "train": ranked[tenth:], "test": []}
+    return sorted(parts[split])
 
 
 def _label(name: str) -> str:

@@ -25,49 +25,57 @@ def principal_axes(features_NxD: np.ndarray, count: int) -> tuple[np.ndarray, np
     return axes * np.sign(largest), values[:count] / max(values.sum(), 1e-30)
 
 
-def pca_rgb(tokens_NxhxwxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pca_rgb(tokens: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """Projects patch features to their first three principal components, fitted to all images.
 
     So one colour means the same in all of them; see `principal_axes` for the signs.
 
     Args:
-      tokens_NxhxwxD: features of the patches of N images, D at least 3.
+      tokens: features [h, w, D] of the patches of each image, D at least 3.
 
     Returns:
-      (float32 [N, h, w, 3] in [0, 1], the 1st and the 99th percentile of each component at 0 and 1;
+      (float32 [h, w, 3] in [0, 1] of each image, each component's 1st and 99th percentile at 0 and 1;
       float64 [3], the share of the variance that each component holds).
 
     Raises:
       ValueError: the shape is another, or features are not finite.
     """
-    tokens = np.asarray(tokens_NxhxwxD)
-    if tokens.ndim != 4 or tokens.shape[-1] < 3 or not tokens.size:
-        raise ValueError(f"tokens have shape {tokens.shape}: need [N, h, w, D] with D at least 3")
-    flat = check_features(tokens.reshape(-1, tokens.shape[-1]), "tokens").astype(np.float64)
+    shapes = [np.shape(x) for x in tokens]
+    depths = {shape[-1] for shape in shapes if len(shape) == 3 and 0 not in shape}
+    if len(depths) != 1 or min(depths) < 3 or any(len(shape) != 3 for shape in shapes):
+        raise ValueError(f"tokens have shapes {shapes}: need [h, w, D] with one D of at least 3")
+    flat = np.concatenate([np.reshape(x, (-1, np.shape(x)[-1])) for x in tokens])
+    flat = check_features(flat, "tokens").astype(np.float64)
     axes, share = principal_axes(flat, 3)
     projected = (flat - flat.mean(axis=0)) @ axes
     low, high = np.percentile(projected, _ROBUST, axis=0)
     rgb = np.clip((projected - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return rgb.reshape(*tokens.shape[:3], 3).astype(np.float32), share
+    ends = np.cumsum([h * w for h, w, _ in shapes])
+    parts = np.split(rgb.astype(np.float32), ends[:-1])
+    return [part.reshape(h, w, 3) for part, (h, w, _) in zip(parts, shapes, strict=True)], share
 
 
 def plot_pca(
-    images: Sequence[np.ndarray], tokens_NxhxwxD: np.ndarray, path: str | Path, *, columns: int = 4
+    images: Sequence[np.ndarray],
+    tokens: Sequence[np.ndarray],
+    path: str | Path,
+    *,
+    columns: int = 4,
 ) -> None:
     """Pairs of image and its `pca_rgb`, upsampled bilinearly to the image.
 
     Args:
-      images: uint8 HxWx3, one for each row of the tokens.
-      tokens_NxhxwxD: see `pca_rgb`.
+      images: uint8 HxWx3.
+      tokens: of each image, see `pca_rgb`.
       path: of the PNG.
       columns: pairs in a row at most.
 
     Raises:
       ValueError: lengths differ; see `pca_rgb`.
     """
-    if len(images) != len(tokens_NxhxwxD):
-        raise ValueError(f"{len(images)} images for the tokens of {len(tokens_NxhxwxD)}")
-    rgb, share = pca_rgb(tokens_NxhxwxD)
+    if len(images) != len(tokens):
+        raise ValueError(f"{len(images)} images for the tokens of {len(tokens)}")
+    rgb, share = pca_rgb(tokens)
     columns = min(columns, len(images))
     aspect = images[0].shape[0] / images[0].shape[1]
     figure, axes = figures.make_grid(
@@ -77,7 +85,7 @@ def plot_pca(
         axis.set_axis_off()
     for i, image in enumerate(images):
         axes.flat[2 * i].imshow(image)
-        colors = np.asarray(resize_bilinear(rgb[i : i + 1], image.shape[:2])[0])
+        colors = np.asarray(resize_bilinear(rgb[i][None], image.shape[:2])[0])
         axes.flat[2 * i + 1].imshow(np.clip(colors, 0, 1))
     parts = ", ".join(f"{value:.0%}" for value in share)
     figure.supxlabel(f"red, green, blue hold {parts} of the variance", fontsize=9)

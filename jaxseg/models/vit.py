@@ -56,8 +56,7 @@ VARIANTS: dict[str, Variant] = {
         # Ours: small enough to train together with a head on a laptop.
         Variant("vit_micro16", 16, 128, 4, 4, grid=8),
         Variant("vit_micro8", 8, 128, 4, 4, grid=16),
-        # Ours, for small images: drawn ones of 64 x 64, and those of CIFAR.
-        Variant("vit_shapes8", 8, 192, 6, 3, grid=8),
+        # Ours, for small images, as those of CIFAR.
         Variant("vit_small4", 4, 384, 12, 6, grid=8),
     ]
 }

@@ -111,6 +111,34 @@ def resized_crop(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
     return _outer(_resized_crop(_inner(image), box, size, flip=False))
 
 
+def center_crops(
+    images: jax.Array, extents: jax.Array, size: tuple[int, int], *, share: float = 1.0
+) -> jax.Array:
+    """The middle of images as the field evaluates: resized, its centre cut out, in one resampling.
+
+    Args:
+      images: [B, H, W, 3], uint8 or float in [0, 1].
+      extents: int [B, 2], (h, w) of the part that is image; it is at the top left.
+      size: (height, width) of the result. The cut has its shape, and is as large as fits.
+      share: of that largest cut's sides; 0.875 is "resize to 256, crop 224".
+
+    Returns:
+      float32 [B, height, width, 3] in [0, 1]; bicubic with antialiasing, as Pillow's.
+    """
+
+    def example(image, extent):
+        h, w = jnp.maximum(extent, 1)
+        scale = share * jnp.minimum(h / size[0], w / size[1])
+        sides = [jnp.maximum(jnp.round(scale * n).astype(jnp.int32), 1) for n in size]
+        top, left = (h - sides[0]) // 2, (w - sides[1]) // 2
+        x = _inner(_to_float(image))
+        rows = _bicubic_matrix(top, sides[0], x.shape[0], size[0])
+        columns = _bicubic_matrix(left, sides[1], x.shape[2], size[1], False)
+        return _outer(_clip(_along_height(_clip(_along_width(x, columns)), rows)))
+
+    return jax.vmap(example)(images, extents)
+
+
 def _resized_crop(x: jax.Array, box: jax.Array, size: int, *, flip: jax.Array | bool) -> jax.Array:
     rows = _bicubic_matrix(box[0], box[2], x.shape[0], size)
     columns = _bicubic_matrix(box[1], box[3], x.shape[2], size, flip)

@@ -81,6 +81,8 @@ class DinoTask:
         statistics: Mapping[str, Any],
         views: Sequence[jax.Array],
         drop_keys_B: jax.Array | None = None,
+        *,
+        train: bool = True,
     ) -> tuple[jax.Array, jax.Array, Mapping[str, Any]]:
         """(logits V x B x K, features V x B x D, new statistics) of V views [B, s, s, 3] in [0, 1].
 
@@ -99,19 +101,22 @@ class DinoTask:
                 {"params": params["backbone"], "batch_stats": statistics["backbone"]},
                 images,
                 drop_keys_B=keys,
-                train=True,
+                train=train,
                 mutable=["batch_stats"],
             )
-            statistics = statistics | {"backbone": changed.get("batch_stats", {})}
+            if train:
+                statistics = statistics | {"backbone": changed.get("batch_stats", {})}
             cls = out["cls"].reshape(len(members), batch, -1)
             features |= dict(zip(members, cls, strict=True))
         stacked = jnp.stack([features[i] for i in range(count)])
         logits, changed = self.head.apply(
             {"params": params["head"], "batch_stats": statistics["head"]},
             stacked.reshape(count * batch, -1),
+            train=train,
             mutable=["batch_stats"],
         )
-        statistics = statistics | {"head": changed.get("batch_stats", {})}
+        if train:
+            statistics = statistics | {"head": changed.get("batch_stats", {})}
         return logits.reshape(count, batch, -1), stacked, statistics
 
     def loss(
@@ -121,16 +126,26 @@ class DinoTask:
         batch: Mapping[str, jax.Array],
         rng: jax.Array,
         step: jax.Array,
+        *,
+        train: bool = True,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss over all pairs of views; statistics are what `update_extra` needs."""
+        """The loss over all pairs of views; statistics are what `update_extra` needs.
+
+        In evaluation there is no stochastic depth, and batch norm uses its running statistics; the
+        views are drawn all the same.
+        """
         keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(rng, row)))(batch["row"])
         extent = jnp.maximum(batch["extent"], 1)  # 0 in padding, where it would make NaN
         views = draw_views(keys[:, 0], batch["image"], extent, self.views)
         teacher, features, teacher_statistics = self.project(
-            extra["teacher"], extra["teacher_statistics"], views[:GLOBAL_VIEWS]
+            extra["teacher"], extra["teacher_statistics"], views[:GLOBAL_VIEWS], train=train
         )
         student, _, student_statistics = self.project(
-            params, extra["student_statistics"], views, keys[:, 1]
+            params,
+            extra["student_statistics"],
+            views,
+            keys[:, 1] if train else None,
+            train=train,
         )
         probabilities = teacher_probabilities(
             teacher, extra["center"], self.teacher_temperature(step)

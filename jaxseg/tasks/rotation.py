@@ -11,7 +11,7 @@ import optax
 
 from jaxseg.models.backbones import initial_statistics
 from jaxseg.models.segmenter import normalize
-from jaxseg.ops.views import View, draw_views
+from jaxseg.ops.views import View, center_crops, draw_views
 
 ROTATIONS = 4
 
@@ -59,18 +59,27 @@ class RotationTask:
         batch: Mapping[str, jax.Array],
         rng: jax.Array,
         step: jax.Array,
+        *,
+        train: bool = True,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean 4-way cross-entropy over the rotations and the valid examples."""
+        """Mean 4-way cross-entropy over the rotations and the valid examples.
+
+        In evaluation the crop is the central square, and batch norm uses its running statistics.
+        """
         keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(rng, row)))(batch["row"])
         extent = jnp.maximum(batch["extent"], 1)  # 0 in padding, where it would make NaN
-        (view,) = draw_views(keys[:, 0], batch["image"], extent, [self.view])
+        if train:
+            (view,) = draw_views(keys[:, 0], batch["image"], extent, [self.view])
+        else:
+            view = center_crops(batch["image"], extent, (self.view.size, self.view.size))
         turned = jnp.concatenate([jnp.rot90(view, k, axes=(1, 2)) for k in range(ROTATIONS)])
         fold = jax.vmap(jax.random.fold_in, (0, None))
+        drop_keys = jnp.concatenate([fold(keys[:, 1], k) for k in range(ROTATIONS)])
         out, changed = self.backbone.apply(
             {"params": params["backbone"], "batch_stats": extra["statistics"]},
             normalize(turned, self.normalization),
-            drop_keys_B=jnp.concatenate([fold(keys[:, 1], k) for k in range(ROTATIONS)]),
-            train=True,
+            drop_keys_B=drop_keys if train else None,
+            train=train,
             mutable=["batch_stats"],
         )
         logits = self.head.apply({"params": params["head"]}, out["cls"])

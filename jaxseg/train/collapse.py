@@ -54,15 +54,16 @@ class CollapseMonitor:
 
     Args:
       student_temperature: the teacher's has to be below it.
+      highest: the largest `teacher_kl` of the run so far, where it goes on.
 
     Attributes:
       found: modes of `MESSAGES` that have been named, in order; each is logged once.
     """
 
-    def __init__(self, student_temperature: float):
+    def __init__(self, student_temperature: float, *, highest: float = 0.0):
         self.found: list[str] = []
         self._student_temperature = student_temperature
-        self._highest = 0.0  # KL divergence so far
+        self._highest = highest
         self._since: int | None = None  # the step from which it has been low
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
@@ -86,7 +87,7 @@ class CollapseMonitor:
             self._since = None
             return self._of_equal_outputs(values) if never else None
         self._since = step if self._since is None else self._since
-        lasting = step - self._since >= _STEPS or step >= _PATIENCE
+        lasting = step - self._since >= _STEPS
         return self._of_equal_outputs(values) if lasting else None
 
     def _of_equal_outputs(self, values: Mapping[str, float]) -> str:

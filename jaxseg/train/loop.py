@@ -172,6 +172,12 @@ class _PendingLosses:
                 )
 
 
+def _has_batch_norm(extra: Any) -> bool:
+    """Whether there are running statistics, which Flax calls `mean` and `var`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(extra)]
+    return any(getattr(path[-1], "key", None) == "var" for path in paths if path)
+
+
 @dataclasses.dataclass
 class Trainer:
     """Trains a task from the newest checkpoint of a workdir, else from given parameters.
@@ -218,10 +224,16 @@ class Trainer:
           The state after the last step; it is saved.
 
         Raises:
+          ValueError: batch norm, and a batch that the devices do not divide.
           NonFiniteLossError: naming the step and the last good checkpoint.
           Interrupted: after SIGTERM, once the state is saved.
         """
         state = make_state(self.task, params, self.optimizer, self.schedule.average)
+        if self.batch_size % self.mesh.size and _has_batch_norm(state.extra):
+            raise ValueError(
+                f"config.train.batch is {self.batch_size}; allowed with batch norm on {self.mesh.size} "
+                "devices: multiples of their number (what fills it up would count in the norms)"
+            )
         shardings = partition.tree_sharding(self.mesh, state, self.layout)
         state = partition.put_tree(state, shardings)
         self._checkpointer = Checkpointer(self.workdir, best_metric=self.best_metric)

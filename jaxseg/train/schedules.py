@@ -19,14 +19,14 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
 
 
 def staircase(start: float, end: float, epochs: int, steps_per_epoch: float) -> Schedule:
-    """`start` in the first epoch, `end` from epoch `epochs` - 1 on, evenly spaced in between.
+    """linspace(start, end, epochs), one value an epoch, and `end` afterwards.
 
-    Constant within an epoch, as DINO warms its teacher temperature up.
+    So DINO warms its teacher temperature up: over one epoch it is `start` in that epoch.
     """
 
     def value(step):
         epoch = jnp.floor(jnp.asarray(step, jnp.float32) / steps_per_epoch)
-        share = epoch / (epochs - 1) if epochs > 1 else jnp.ones(())
-        return start + (end - start) * jnp.clip(share, 0.0, 1.0)
+        share = jnp.where(epoch < epochs, epoch / max(epochs - 1, 1), 1.0)
+        return start + (end - start) * share
 
     return value

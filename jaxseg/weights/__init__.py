@@ -42,9 +42,9 @@ def load(
     """Loads pretrained weights.
 
     Args:
-      name_or_path: a name in `catalog.CATALOG` (downloaded once), a `.pth` or `.safetensors` file
-        (a ViT of the DINO family or a ResNet in torchvision's layout), or the workdir of one of our
-        own runs.
+      name_or_path: a name in `catalog.NAMES` (most are downloaded once), a `.pth` or `.safetensors`
+        file (a ViT of the DINO family or a ResNet in torchvision's layout), or the workdir of one of
+        our own runs.
       variant: a name in `BACKBONES` or a variant that the file must fit; inferred if None.
       cache_dir: where downloads are kept; see `catalog.cache_folder`.
       branch: "teacher" or "student", for training files that hold both.
@@ -57,19 +57,20 @@ def load(
         raise ValueError(f"branch is {branch!r}: allowed are 'teacher' and 'student'")
     if isinstance(variant, str):
         variant = _named(variant)
-    path = Path(name_or_path).expanduser()
-    if str(name_or_path) in catalog.CATALOG:
-        variant = variant or _named(str(name_or_path))
-        path = catalog.fetch(str(name_or_path), cache_dir=cache_dir)
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if name in catalog.CATALOG:
+        variant = variant or _named(name)
+    if name in catalog.NAMES:
+        path = catalog.fetch(name, cache_dir=cache_dir)
     if path.is_dir():
         return _load_orbax(path)
     if not path.is_file():
         raise ValueError(
-            f"no weights {str(name_or_path)!r}: neither a file nor one of {', '.join(catalog.CATALOG)}"
+            f"no weights {name!r}: neither a file nor one of {', '.join(catalog.NAMES)}"
         )
     if variant is None and path.suffix == ".safetensors":
         variant = _stored_variant(path)
-    digest = _sha256(path, expected=catalog.CATALOG.get(str(name_or_path)))
+    digest = _sha256(path, expected=catalog.CATALOG.get(name))
     tensors = convert.pick_branch(_read(path), branch=branch, source=str(path))
     found = resnet.is_resnet(tensors)
     if variant is not None and isinstance(variant, ResNetVariant) != found:

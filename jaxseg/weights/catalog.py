@@ -1,4 +1,4 @@
-"""The released checkpoints by name: where they are published and where they are kept."""
+"""Checkpoints by name: our own small one, and where the released ones are published and kept."""
 
 import dataclasses
 import hashlib
@@ -59,6 +59,12 @@ CATALOG: dict[str, Entry] = {
     ),
 }
 
+# Part of the repository; `shapes_micro8.md` beside the file says how it was made.
+BUILT_IN: dict[str, Path] = {
+    "shapes_micro8": Path(__file__).with_name("shapes_micro8.safetensors"),
+}
+NAMES = (*BUILT_IN, *CATALOG)
+
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Returns `cache_dir`, else `$JAXSEG_CACHE`, else `~/.cache/jaxseg/weights`."""
@@ -68,14 +74,16 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def fetch(name: str, *, cache_dir: str | Path | None = None) -> Path:
-    """Returns the file of a released checkpoint, downloading it into the cache if it is not there.
+    """Returns the file of a checkpoint, downloading a released one if it is not in the cache.
 
     Raises:
       ValueError: unknown name, or the file's checksum is not the published one.
       OSError: the download failed; the message says which file to put where by hand.
     """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
     if name not in CATALOG:
-        raise ValueError(f"no weights are called {name!r}: allowed are {', '.join(CATALOG)}")
+        raise ValueError(f"no weights are called {name!r}: allowed are {', '.join(NAMES)}")
     entry, folder = CATALOG[name], cache_folder(cache_dir)
     path = folder / entry.filename
     if path.is_file():

@@ -50,7 +50,9 @@ def test_without_splits_or_classes(tmp_path):
     source = Images(tmp_path, "train")
     assert source.categories == () and [source[i]["name"] for i in range(2)] == ["a.png", "b.png"]
     assert source[0]["category"] == -1
-    with pytest.raises(DataError, match="no split 'val': it has train, as it has no folders"):
+    with pytest.raises(
+        DataError, match="no split 'val': it has train, and val of ten images or more"
+    ):
         Images(tmp_path, "val")
 
 
@@ -90,3 +92,14 @@ def test_cifar():
     source = Images(root, "test")
     assert len(source) == 4000 and len(source.categories) == 10
     assert source[1234]["image"].shape == (32, 32, 3)
+
+
+def test_a_tenth_of_a_folder_without_splits_is_set_aside(tmp_path):
+    names = [f"{kind}/{i}.png" for kind in "ab" for i in range(15)]
+    _make(tmp_path, names)
+    train, val = Images(tmp_path, "train"), Images(tmp_path, "val")
+    found = [[source[i]["name"] for i in range(len(source))] for source in (train, val)]
+    assert sorted(sum(found, [])) == sorted(names) and len(val) == 3
+    assert train.categories == ("a", "b")
+    with pytest.raises(DataError, match="no split 'test'"):
+        Images(tmp_path, "test")

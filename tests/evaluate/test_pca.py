@@ -24,6 +24,7 @@ def test_colours_are_the_known_factors_and_one_fit_serves_all_images():
     factors[1, ..., 0] = -9
     basis, _ = np.linalg.qr(rng.normal(size=(16, 3)))
     rgb, share = pca_rgb(factors @ basis.T + 7)
+    rgb = np.stack(rgb)
     assert rgb.shape == (2, 8, 8, 3) and rgb.dtype == np.float32
     assert rgb.min() == 0 and rgb.max() == 1
     for channel in range(3):
@@ -38,16 +39,25 @@ def test_one_stray_patch_does_not_dim_the_rest():
     tokens = np.random.default_rng(0).normal(size=(3, 10, 10, 8))
     tokens[0, 0, 0] = 1000
     rgb, _ = pca_rgb(tokens)
-    assert rgb[1:].std(axis=(0, 1, 2)).min() > 0.1
+    assert np.stack(rgb[1:]).std(axis=(0, 1, 2)).min() > 0.1
+
+
+def test_images_of_different_sizes_share_one_fit():
+    tokens = np.random.default_rng(0).normal(size=(40, 6))
+    one, _ = pca_rgb([tokens.reshape(5, 8, 6)])
+    two, _ = pca_rgb([tokens[:12].reshape(3, 4, 6), tokens[12:].reshape(7, 4, 6)])
+    np.testing.assert_allclose(
+        one[0].reshape(40, 3), np.concatenate([x.reshape(-1, 3) for x in two])
+    )
 
 
 def test_collapsed_features_are_one_colour():
     rgb, share = pca_rgb(np.ones((2, 3, 3, 5), np.float32))
-    assert np.isfinite(rgb).all() and rgb.std() == 0 and (share == 0).all()
+    assert np.isfinite(rgb).all() and np.std(rgb) == 0 and (share == 0).all()
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"need \[N, h, w, D\] with D at least 3"):
+    with pytest.raises(ValueError, match=r"need \[h, w, D\] with one D of at least 3"):
         pca_rgb(np.zeros((1, 2, 2, 2)))
     with pytest.raises(ValueError, match="tokens: 1 of 4 rows hold NaN or infinity, first row 2"):
         pca_rgb(np.array([1.0, 2, np.nan, 4]).reshape(1, 2, 2, 1).repeat(3, axis=-1))

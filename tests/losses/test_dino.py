@@ -7,6 +7,8 @@ import pytest
 from shared import shared_path
 
 from jaxseg.losses.dino import dino_loss, teacher_probabilities
+from jaxseg.models.projection import ProjectionHead
+from jaxseg.tasks.dino import DinoTask
 from jaxseg.train.schedules import staircase
 
 VIEWS, BATCH = 6, 4
@@ -29,8 +31,36 @@ def test_reference(call):
     loss, gradient = jax.value_and_grad(_loss)(*arguments)
     np.testing.assert_allclose(loss, values["loss"], rtol=1e-5)
     np.testing.assert_allclose(gradient, values["grad_student"], atol=1e-5)
-    after = 0.9 * center + 0.1 * values["teacher"].mean(0)
-    np.testing.assert_allclose(after, values["center_after"][0], atol=1e-5)
+
+
+def test_reference_centre_over_all_calls():
+    """What the task makes of the centre, call after call, beginning with its own zeros."""
+    golden = np.load(shared_path("golden/dino_loss.npz"))
+    outputs = golden["center_after_0"].shape[-1]
+    task = DinoTask(
+        backbone=None,
+        head=ProjectionHead(outputs),
+        views=(),
+        normalization="none",
+        student_temperature=0.1,
+        teacher_temperature=lambda step: 0.04,
+        momentum=lambda step: 0.996,
+    )
+    params = {"w": jnp.ones(3)}
+    extra = {"teacher": params, "center": jnp.asarray(golden["center_before_0"][0])}
+    for call in range(5):
+        np.testing.assert_allclose(extra["center"], golden[f"center_before_{call}"][0], atol=1e-5)
+        statistics = {
+            "logits": golden[f"teacher_{call}"].mean(0),
+            "probabilities": np.full(outputs, 1 / outputs),
+            "entropy": 0.0,
+            "direction": np.zeros(3),
+            "scores": {},
+            "student_statistics": {},
+            "teacher_statistics": {},
+        }
+        extra, _ = task.update_extra(extra, statistics, params, jnp.asarray(call))
+        np.testing.assert_allclose(extra["center"], golden[f"center_after_{call}"][0], atol=1e-5)
 
 
 def _slow_loss(student, teacher, center, t_student, t_teacher):

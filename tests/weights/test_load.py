@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -90,8 +91,22 @@ def test_damaged_file_in_the_cache_is_noticed(published):
         weights.load("dino_vits16")
 
 
+def test_built_in_weights_are_those_of_their_card(monkeypatch):
+    monkeypatch.setattr(catalog, "_download", None)
+    for name, path in catalog.BUILT_IN.items():
+        loaded = weights.load(name)
+        sizes = [leaf.size for leaf in jax.tree.leaves(loaded.params)]
+        assert sum(sizes) <= 6e6 and path.stat().st_size <= 12e6
+        assert loaded.digest in path.with_suffix(".md").read_text()
+        image = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+        out = vit.from_variant(loaded.variant).apply({"params": loaded.params}, image)
+        assert np.isfinite(out["patches"]).all() and np.std(out["patches"]) > 0.1
+
+
 def test_catalogue_names_are_variants():
     assert catalog.CATALOG.keys() <= vit.VARIANTS.keys()
     assert all(entry.url.endswith(".pth") for entry in catalog.CATALOG.values())
-    with pytest.raises(ValueError, match="no weights are called 'x': allowed are dino_vits16"):
+    with pytest.raises(
+        ValueError, match="no weights are called 'x': allowed are shapes_micro8, dino_"
+    ):
         catalog.fetch("x")
