@@ -247,7 +247,9 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
     if held_out:
         axes[0, 0].plot(*np.array(held_out).T, color="#e69f00", marker=".", label="validation")
         axes[0, 0].legend()
-    axes[0, 0].set(xlabel="step", ylabel="training loss", yscale="log")
+    values = [value for _, value in loss]
+    scale = "log" if max(values) > 5 * min(values) > 0 else "linear"
+    axes[0, 0].set(xlabel="step", ylabel="training loss", yscale=scale)
     for key, points in scores.items():
         axes[0, 1].plot(*np.array(points).T, marker=".", label=key.replace("_", " "))
     if scores:
