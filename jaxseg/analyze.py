@@ -192,12 +192,12 @@ class _Analysis:
         variables = dict(init(jax.random.key(self.config.seed), jnp.zeros((1, *seen, 3))))
         if not variables.get("batch_stats"):
             return variables
-        prepare = pretrain.make_input(self.config, self.backbone)
+        crops = pretrain.make_crops(self.config, self.backbone)
 
         @jax.jit
-        def see(variables, image):
+        def see(variables, batch):
             _, changed = self.backbone.apply(
-                variables, prepare(image), train=True, mutable=["batch_stats"]
+                variables, crops(batch), train=True, mutable=["batch_stats"]
             )
             return {**variables, **changed}
 
@@ -206,8 +206,7 @@ class _Analysis:
             50 * self.config.eval.batch
         )
         for batch in batches:
-            batch = partition.put_batch(self.mesh, batch)
-            variables = see(variables, batch["image"])
+            variables = see(variables, partition.put_batch(self.mesh, batch))
         return variables
 
     def _neighbors(self, found: Mapping[str, np.ndarray], labelled: bool) -> None:

@@ -333,21 +333,27 @@ def make_input(config: ml_collections.ConfigDict, backbone: nn.Module):
     return prepare
 
 
-def make_embedding(config: ml_collections.ConfigDict, backbone: nn.Module):
-    """`embed(variables of the backbone, batch) -> {"cls": [B, D]}` of the images' centres.
+def make_crops(config: ml_collections.ConfigDict, backbone: nn.Module):
+    """`crops(batch) -> [B, h, w, 3]`, normalised: the images' centres, as k-NN and the probe see them.
 
     The cut has the shape of the canvas and `config.eval.crop` of the sides that fit into the image; so
     the network never sees what is around the image in the canvas.
     """
 
-    def embed(variables, batch):
+    def crops(batch):
         size = network_size(config, backbone, batch["image"].shape[1:3])
         images = center_crops(batch["image"], batch["extent"], size, share=config.eval.crop)
-        return {
-            "cls": backbone.apply(variables, normalize(images, config.backbone.normalization))[
-                "cls"
-            ]
-        }
+        return normalize(images, config.backbone.normalization)
+
+    return crops
+
+
+def make_embedding(config: ml_collections.ConfigDict, backbone: nn.Module):
+    """`embed(variables of the backbone, batch) -> {"cls": [B, D]}` of the images' centres."""
+    crops = make_crops(config, backbone)
+
+    def embed(variables, batch):
+        return {"cls": backbone.apply(variables, crops(batch))["cls"]}
 
     return embed
 
