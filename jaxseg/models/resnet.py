@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.ops.conv import conv_general_dilated
+
 OUTPUT_STRIDES = (8, 16, 32)
 NORMS = ("batch", "group")
 # torchvision: normal with the variance of the fan out.
@@ -79,6 +81,7 @@ def _conv(features: int, size: int, *, stride: int = 1, dilation: int = 1, dtype
         padding=dilation * (size // 2),
         use_bias=False,
         kernel_init=_conv_init,
+        conv_general_dilated=conv_general_dilated,
         dtype=dtype,
         name=name,
     )
