@@ -129,12 +129,14 @@ class ResNet(nn.Module):
       output_stride: pixels per cell of the last map: 32, or 16 or 8 with dilation in place of stride
         in the last one or two stages (Chen et al., DeepLab).
       norm: "batch" or "group" (32 groups).
+      remat: compute a block's activations again in the backward pass instead of keeping them.
     """
 
     variant: ResNetVariant
     dtype: Any = jnp.float32
     output_stride: int = 32
     norm: str = "batch"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, image_BxHxWx3: jax.Array, *, train: bool = False, **_) -> dict[str, Any]:
@@ -150,6 +152,7 @@ class ResNet(nn.Module):
         """
         v = self.variant
         norm = _norm(self.norm, train, self.dtype)
+        block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         if v.small_stem:
             x = _conv(v.width, 3, stride=v.stem_stride, dtype=self.dtype, name="conv1")(
                 image_BxHxWx3
@@ -168,7 +171,7 @@ class ResNet(nn.Module):
                 stride, dilation = 1, dilation * 2
             reached *= stride
             for j in range(blocks):
-                x = ResidualBlock(
+                x = block(
                     v.width * 2**i,
                     v.bottleneck,
                     stride if j == 0 else 1,
