@@ -203,6 +203,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 eval_every=config.train.eval_every,
                 checkpoint_every=config.train.checkpoint_every,
                 average=config.optim.average,
+                evaluate_first=True,
             ),
             mesh=mesh,
             layout=config.sharding.params,

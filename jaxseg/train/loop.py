@@ -37,6 +37,7 @@ class Schedule:
       steps: length of the run.
       log_every, eval_every, checkpoint_every: intervals.
       average: decay of the parameters' moving average, 0 for none.
+      evaluate_first: whether the untrained state is evaluated too, as step 0.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class Schedule:
     eval_every: int
     checkpoint_every: int
     average: float = 0.0
+    evaluate_first: bool = False
 
 
 class Interrupted(Exception):
@@ -239,10 +241,13 @@ class Trainer:
         self._checkpointer = Checkpointer(self.workdir, best_metric=self.best_metric)
         self._losses = _PendingLosses()
         try:
-            state, start = self._checkpointer.restore(state) or (state, 0)
+            restored = self._checkpointer.restore(state)
+            state, start = restored or (state, 0)
             if 0 < start < self.schedule.steps:
                 log.info("resuming at step %d of %d", start, self.schedule.steps)
-            self._writer = MetricWriter(self.workdir, start_step=start)
+            self._writer = MetricWriter(self.workdir, start_step=start if restored else -1)
+            if self.evaluate and self.schedule.evaluate_first and not restored:
+                self._evaluate(0, state)
             self._progress = Progress(
                 "train", self.schedule.steps, start=start, unit_images=self.batch_size
             )
@@ -287,10 +292,7 @@ class Trainer:
             self._losses.check(self._checkpointer.steps())
         if logging_now:
             self._log(step, jax.device_get(scalars))
-        metrics = None
-        if evaluating:
-            metrics = self.evaluate(state)
-            self._writer.write(step, {f"val_{k}": v for k, v in metrics.items()})
+        metrics = self._evaluate(step, state) if evaluating else None
         if saving:
             self._checkpointer.save(state, step, metrics)
         if stopping and not last:
@@ -298,6 +300,11 @@ class Trainer:
             raise Interrupted(
                 f"stopped by SIGTERM at step {step}: the state is saved; start it again to go on"
             )
+
+    def _evaluate(self, step: int, state: TrainState) -> Mapping[str, float]:
+        metrics = self.evaluate(state)
+        self._writer.write(step, {f"val_{k}": v for k, v in metrics.items()})
+        return metrics
 
     def _log(self, step: int, scalars: Mapping[str, np.ndarray]) -> None:
         self._progress.update(step, f"loss {scalars['loss']:.4f}")

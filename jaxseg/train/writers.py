@@ -37,7 +37,8 @@ class MetricWriter:
 
     Args:
       workdir: the run's folder.
-      start_step: what was logged after this step is dropped: the run does those steps again.
+      start_step: what was logged after this step is dropped: the run does those steps again. -1 for
+        a run that starts anew.
     """
 
     def __init__(self, workdir: Path, *, start_step: int):
