@@ -51,6 +51,10 @@ def test_another_config_is_refused(workdir):
         (["--config.backbone.stride=64"], "backbone.stride is 64; allowed: 0, 4, 8, 16, 32"),
         (["--config.data.name=folder", "--config.data.root=nowhere"], "nowhere"),
         (
+            ["--config.backbone.weights=shapes_micro8", "--config.backbone.variant=vit_micro16"],
+            "variant is vit_micro16, but config.backbone.weights=shapes_micro8 holds a vit_micro8",
+        ),
+        (
             ["--config.backbone.weights=none.pth"],
             "none.pth.*neither a file nor one of.*dino_vits16",
         ),

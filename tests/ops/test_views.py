@@ -143,6 +143,25 @@ def test_crop_clips_as_pillow_does_on_the_way(box):
     _assert_near(_crop(_float(image), jnp.array(box), 31), want, 1.25)  # rounds after both passes
 
 
+@pytest.mark.parametrize(
+    "extent, share, edges",
+    [
+        ((24, 28), 1.0, (2, 0, 26, 24)),
+        ((24, 28), 0.875, (3, 1, 24, 22)),
+        ((20, 9), 1.0, (0, 5, 9, 14)),
+    ],
+)
+def test_the_centre_is_what_pillow_cuts_out(extent, share, edges):
+    x = 0.3 + 0.4 * _float(_noise())
+    canvas = np.ones((24, 28, 3), np.float32)  # what is not image would show
+    canvas[: extent[0], : extent[1]] = x[: extent[0], : extent[1]]
+    got = views.center_crops(canvas[None], jnp.array([extent]), (12, 12), share=share)[0]
+    for c in range(3):
+        image = Image.fromarray(canvas[..., c]).crop(edges)
+        want = image.resize((12, 12), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(got[..., c], want, atol=3e-6)
+
+
 # The boxes.
 
 

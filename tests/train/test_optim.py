@@ -7,6 +7,7 @@ import pytest
 
 from configs.common import get_segmentation_config
 from jaxseg.train import optim
+from jaxseg.train.schedules import staircase
 from jaxseg.train.state import merge_params, split_params
 
 
@@ -90,6 +91,15 @@ def test_dinos_schedules():
     middle = 1e-6 + 0.5 * (2e-3 - 1e-6) * (1 + np.cos(np.pi * 90 / 180))
     assert float(schedule(110)) == pytest.approx(middle, rel=1e-4)
     assert float(schedule(200)) == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_teacher_temperature_warms_up_epoch_by_epoch():
+    # The reference: concatenate(linspace(warmup, end, epochs), ones * end), one value an epoch.
+    for epochs in (1, 3):
+        values = staircase(0.04, 0.07, epochs, steps_per_epoch=2.5)
+        want = np.concatenate([np.linspace(0.04, 0.07, epochs), np.full(9, 0.07)])
+        for step in range(12):
+            assert float(values(step)) == pytest.approx(want[int(step / 2.5)])
 
 
 def test_weight_decay_follows_its_cosine():
