@@ -12,6 +12,7 @@ fuses and overlaps them. The Pillow row draws the same recipe with Pillow on one
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,28 +22,12 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import best_seconds, matmul_rate  # noqa: E402
+from benchmarks.timing import best_seconds, matmul_rate, product_flops  # noqa: E402
 from configs.dino import get_config  # noqa: E402
 from jaxseg import pretrain  # noqa: E402
 from jaxseg.models.backbones import BACKBONES  # noqa: E402
 from jaxseg.ops.views import View, draw_views  # noqa: E402
 from jaxseg.train import loop  # noqa: E402
-
-
-def vit_flops(variant, side: int) -> float:
-    """Forward FLOPs of a ViT on one image: two for each multiply-add of its matrix products."""
-    n, d = (side // variant.patch) ** 2 + 1, variant.dim
-    block = 2 * n * d * d * (4 + 2 * variant.mlp_ratio) + 4 * n * n * d
-    return variant.depth * block + 2 * (n - 1) * variant.patch**2 * 3 * d
-
-
-def step_flops(config, variant) -> float:
-    """FLOPs of a step for one image: the student's forward counts three times, the teacher's once."""
-    views = pretrain.make_views(config)
-    o, d = config.dino, variant.dim
-    head = 2 * (d * o.hidden + o.hidden**2 + o.hidden * o.bottleneck + o.bottleneck * o.outputs)
-    passes = [vit_flops(variant, view.size) + head for view in views]
-    return 3 * sum(passes) + sum(passes[:2])
 
 
 def pillow_views(image: Image.Image, views: list[View], rng: np.random.Generator) -> None:
@@ -82,6 +67,48 @@ def pillow_views(image: Image.Image, views: list[View], rng: np.random.Generator
         np.asarray(crop)
 
 
+def make_batch(count: int, height: int, width: int) -> dict[str, np.ndarray]:
+    """Smooth images: noise would be no picture of what Pillow's filters usually meet."""
+    small = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    return {
+        "image": np.stack([np.asarray(Image.fromarray(x).resize((width, height))) for x in small]),
+        "extent": np.tile(np.array([[height, width]], np.int32), (count, 1)),
+        "row": np.arange(count, dtype=np.int32),
+        "valid": np.ones(count, bool),
+    }
+
+
+def time_parts(task, optimizer, state, step, batch, repeats: int) -> dict[str, float]:
+    """Seconds of the step and of its parts, each compiled by itself."""
+    keys = jax.random.split(jax.random.key(0), len(batch["row"]))
+    statistics = state.extra["student_statistics"]
+
+    def draw(keys, batch):
+        return draw_views(keys, batch["image"], batch["extent"], task.views)
+
+    def teacher(params, views):
+        return task.project(params, statistics, views[:2])[0]
+
+    def student(params, views):
+        logits, _, _ = task.project(params, statistics, views, keys)
+        return (logits**2).sum()
+
+    def update(grads, state):
+        updates, _ = optimizer.update(grads, state.opt_state, state.params)
+        return jax.tree.map(jnp.add, state.params, updates)
+
+    seconds = partial(best_seconds, repeats=repeats)
+    views = jax.jit(draw)(keys, batch)
+    backward = jax.jit(jax.grad(student))
+    return {
+        "augmentation": seconds(jax.jit(draw), keys, batch),
+        "teacher": seconds(jax.jit(teacher), state.params, views),
+        "student, forward and backward": seconds(backward, state.params, views),
+        "optimiser": seconds(jax.jit(update), backward(state.params, views), state),
+        "whole step": seconds(step, state, {}, batch),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="")
@@ -102,59 +129,20 @@ def main() -> None:
     run_length = dict(steps=1000, examples=10000)
     task = pretrain.make_task(config, variant, **run_length)
     optimizer, _ = pretrain.make_optimizer(config, **run_length)
-    height, width = config.data.size
-    rng = np.random.default_rng(0)
-    # Smooth images: noise would be no picture of what Pillow's filters usually meet.
-    small = rng.integers(0, 256, (args.batch, 8, 8, 3), np.uint8)
-    images = np.stack([np.asarray(Image.fromarray(x).resize((width, height))) for x in small])
-    batch = {
-        "image": jnp.asarray(images),
-        "extent": jnp.tile(jnp.array([[height, width]], jnp.int32), (args.batch, 1)),
-        "row": jnp.arange(args.batch, dtype=jnp.int32),
-        "valid": jnp.ones(args.batch, bool),
-    }
-    key = jax.random.key(0)
-    params = jax.jit(task.init)(key)
-    state = loop.make_state(task, params, optimizer)
+    host_batch = make_batch(args.batch, *config.data.size)
+    batch = jax.device_put(host_batch)
+    state = loop.make_state(task, jax.jit(task.init)(jax.random.key(0)), optimizer)
     step = jax.jit(loop.make_train_step(task, optimizer, seed=0))
-    keys = jax.random.split(key, args.batch)
 
-    def draw(keys, batch):
-        return draw_views(keys, batch["image"], batch["extent"], task.views)
-
-    views = jax.jit(draw)(keys, batch)
-    none = state.extra["student_statistics"]
-    teacher = jax.jit(lambda p, v: task.project(p, none, v[:2])[0])
-
-    def student(p, views):
-        logits, _, _ = task.project(p, none, views, keys)
-        return (logits**2).sum()
-
-    grads = jax.jit(jax.grad(student))(params, views)
-
-    def update(grads, state):
-        updates, _ = optimizer.update(grads, state.opt_state, state.params)
-        return jax.tree.map(jnp.add, state.params, updates)
-
-    time_of = {
-        "augmentation": best_seconds(jax.jit(draw), keys, batch, repeats=args.repeats),
-        "teacher": best_seconds(teacher, params, views, repeats=args.repeats),
-        "student, forward and backward": best_seconds(
-            jax.jit(jax.grad(student)), params, views, repeats=args.repeats
-        ),
-        "optimiser": best_seconds(jax.jit(update), grads, state, repeats=args.repeats),
-        "whole step": best_seconds(step, state, {}, batch, repeats=args.repeats),
-    }
-    whole, rate = (
-        time_of["whole step"],
-        matmul_rate(args.precision, 8192 if args.accelerator else 2048, repeats=args.repeats),
-    )
-    flops = step_flops(config, variant) * args.batch
-    sizes = (
-        f"2 x {config.views.global_size} + {config.views.local_count} x {config.views.local_size}"
-    )
+    time_of = time_parts(task, optimizer, state, step, batch, args.repeats)
+    whole = time_of["whole step"]
+    side = 8192 if args.accelerator else 2048
+    rate = matmul_rate(args.precision, side, repeats=args.repeats)
+    flops = product_flops(step, state, {}, batch)
+    views = config.views
     print(
-        f"{args.variant}, {sizes}, K = {args.outputs}, batch {args.batch}, {args.precision}, "
+        f"{args.variant}, 2 x {views.global_size} + {views.local_count} x {views.local_size}, "
+        f"K = {args.outputs}, batch {args.batch}, {args.precision}, "
         f"{jax.devices()[0].device_kind}: {args.batch / whole:.2f} images/s, "
         f"{flops / whole / 1e9:.0f} GFLOP/s, {flops / whole / rate:.0%} of the measured "
         f"{rate / 1e9:.0f} GFLOP/s\n"
@@ -162,8 +150,9 @@ def main() -> None:
     print("| part | ms an image | share of the step |\n|---|---|---|")
     for name, value in time_of.items():
         print(f"| {name} | {1e3 * value / args.batch:.1f} | {value / whole:.0%} |", flush=True)
+    rng = np.random.default_rng(0)
     begin = time.perf_counter()
-    for image in images:
+    for image in host_batch["image"]:
         pillow_views(Image.fromarray(image), list(task.views), rng)
     pillow = time.perf_counter() - begin
     print(f"| the same views in Pillow, one core | {1e3 * pillow / args.batch:.1f} | |")
