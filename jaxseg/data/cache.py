@@ -35,6 +35,12 @@ class MemoryStore:
                 self._items[key] = value
                 self._used += size
 
+    def __getstate__(self):
+        return {**self.__dict__, "_used": 0, "_items": {}, "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
 
 class DiskStore:
     """Keeps feature arrays as `.npy` files below a folder until `limit` bytes are used.

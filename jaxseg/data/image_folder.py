@@ -19,8 +19,9 @@ class Images:
 
       1. `root/{train,val,test}/...`: the images of a split are those below its folder. Of a folder
          without such names a tenth is `val`, chosen by a hash of the names, and the rest is `train`.
+         A single folder around those of the splits is passed over.
       2. Below that, the first folder of an image's path is its class; images without one have none
-         (`category` -1).
+         (`category` -1). The classes are those of all splits.
 
     Args:
       root: folder or zip file. `{split}` in it stands for the name of the split.
@@ -41,8 +42,9 @@ class Images:
         names = sorted(self._list())
         if not names:
             raise DataError(f"{self._root} holds no images; suffixes are {' '.join(SUFFIXES)}")
-        present = {name.split("/")[0] for name in names if "/" in name} & set(SPLITS)
-        prefix = f"{split}/" if present else ""
+        top = _around_splits(names)
+        present = _first_folders(names, top) & set(SPLITS)
+        prefix = f"{top}{split}/" if present else ""
         if present or "{split}" in str(root):
             inside = [name for name in names if name.startswith(prefix)]
         else:
@@ -53,7 +55,9 @@ class Images:
             )
             raise DataError(f"{self._root} has no split {split!r}: it has {known}")
         labels = [_label(name.removeprefix(prefix)) for name in inside]
-        found = tuple(sorted({label for label in labels if label}))
+        # Of all splits: a class may be missing in a small one, and numbers must mean the same in each.
+        places = [f"{top}{name}/" for name in sorted(present)] or [""]
+        found = tuple(sorted(set().union(*(_first_folders(names, place) for place in places))))
         unknown = sorted(set(categories) - set(found))
         if unknown:
             raise DataError(
@@ -105,7 +109,8 @@ class Images:
         try:
             with self._lock:
                 return self._archive().read(name)
-        except (zipfile.BadZipFile, zlib.error, OSError) as error:
+        # RuntimeError: encrypted, or packed in a way that the standard library cannot read.
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
             raise DataError(f"{self._root}: {name} cannot be read: {error}") from error
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -127,6 +132,19 @@ def _part(names: list[str], split: str) -> list[str]:
     tenth = len(names) // 10
     parts = {"val": ranked[:tenth], "train": ranked[tenth:], "test": []}
     return sorted(parts[split])
+
+
+def _first_folders(names: list[str], prefix: str) -> set[str]:
+    """The folders directly below `prefix` that hold names, at any depth."""
+    below = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    return {_label(name) for name in below} - {""}
+
+
+def _around_splits(names: list[str]) -> str:
+    """`folder/` if all names are in one folder that holds those of the splits, else empty."""
+    folders = {_label(name) for name in names}
+    top = f"{folders.pop()}/" if len(folders) == 1 else ""
+    return top if _first_folders(names, top) & set(SPLITS) and top[:-1] not in SPLITS else ""
 
 
 def _label(name: str) -> str:

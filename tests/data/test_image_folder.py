@@ -103,3 +103,27 @@ def test_a_tenth_of_a_folder_without_splits_is_set_aside(tmp_path):
     assert train.categories == ("a", "b")
     with pytest.raises(DataError, match="no split 'test'"):
         Images(tmp_path, "test")
+
+
+def test_classes_are_those_of_all_splits(tmp_path):
+    _make(tmp_path / "in", NAMES)
+    assert Images(tmp_path / "in", "val").categories == ("cat", "dog")
+    _make(tmp_path / "flat", [f"{kind}/0.png" for kind in "abcdefghijkl"])
+    assert Images(tmp_path / "flat", "val").categories == tuple("abcdefghijkl")
+
+
+def test_a_folder_around_the_splits_is_passed_over(tmp_path):
+    _make(tmp_path / "in" / "pets", NAMES)
+    source = Images(_zipped(tmp_path / "in", tmp_path / "pets.zip"), "val")
+    assert source.categories == ("cat", "dog") and len(source) == 1
+    assert source[0]["name"] == "pets/val/dog/d.png" and source[0]["category"] == 1
+
+
+def test_an_encrypted_zip_is_an_error(tmp_path):
+    _make(tmp_path / "in", ["train/cat/a.png"])
+    data = bytearray(_zipped(tmp_path / "in", tmp_path / "x.zip").read_bytes())
+    for start in (data.find(b"PK\x03\x04") + 6, data.find(b"PK\x01\x02") + 8):
+        data[start] |= 1  # the flag of encryption
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(DataError, match="x.zip: train/cat/a.png cannot be read: .*encrypted"):
+        Images(tmp_path / "x.zip", "train")[0]
