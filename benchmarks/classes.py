@@ -1,7 +1,7 @@
 """Training and prediction of a multi-class segmenter: images/s, and the share of the peak.
 
     python benchmarks/classes.py                                      # 480x360, ViT-S/14 and ResNet-50
-    python benchmarks/classes.py --size 512 1024 --precision=bfloat16 --batch=16 --accelerator
+    python benchmarks/classes.py --size 512 1024 --precision=bfloat16 --batch=16
 
 Prints one markdown table. FLOPs are those of matrix products and convolutions; the peak is the rate of
 one large matrix product in the same precision, measured in the same run. `cached` trains the
@@ -18,12 +18,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import best_seconds, matmul_rate, product_flops  # noqa: E402
 from configs.deeplab_multiclass import get_config  # noqa: E402
 from jaxseg import run  # noqa: E402
 from jaxseg.experiment import frozen_paths, make_model, make_task  # noqa: E402
 from jaxseg.models.backbones import BACKBONES  # noqa: E402
 from jaxseg.train import loop, optim  # noqa: E402
+from jaxseg.train.speed import best_seconds, matmul_rate, product_flops  # noqa: E402
 from jaxseg.train.state import split_params  # noqa: E402
 
 NAMES = tuple(f"class {i}" for i in range(11))
@@ -80,10 +80,8 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--accelerator", action="store_true", help="a larger product for the peak")
     args = parser.parse_args()
-    side = 8192 if args.accelerator else 2048
-    peak = matmul_rate(args.precision, side, repeats=args.repeats)
+    peak = matmul_rate(args.precision, repeats=args.repeats)
     print(f"{jax.devices()[0].device_kind}, {args.precision}: peak {peak / 1e9:.0f} GFLOP/s\n")
     print("| what | images/s | GFLOP an image | share of the peak |")
     print("|---|---|---|---|", flush=True)

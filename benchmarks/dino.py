@@ -1,7 +1,7 @@
 """One step of DINO: images/s, the share of the peak, and where the time goes.
 
     python benchmarks/dino.py                       # 2 x 224 + 8 x 96, ViT-S/16, float32
-    python benchmarks/dino.py --precision=bfloat16 --batch=128 --accelerator
+    python benchmarks/dino.py --precision=bfloat16 --batch=128
     python benchmarks/dino.py --files=IMAGES        # end to end from image files as well
 
 Prints one markdown table. The peak is the rate of one large matrix product in the same precision,
@@ -22,12 +22,12 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import best_seconds, matmul_rate, product_flops  # noqa: E402
 from configs.dino import get_config  # noqa: E402
 from jaxseg import pretrain  # noqa: E402
 from jaxseg.models.backbones import BACKBONES  # noqa: E402
 from jaxseg.ops.views import View, draw_views  # noqa: E402
 from jaxseg.train import loop  # noqa: E402
+from jaxseg.train.speed import best_seconds, matmul_rate, product_flops  # noqa: E402
 
 
 def pillow_views(image: Image.Image, views: list[View], rng: np.random.Generator) -> None:
@@ -117,7 +117,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--outputs", type=int, default=65536)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--accelerator", action="store_true", help="a larger product for the peak")
     parser.add_argument("--files", default="", help="a folder or zip file of images")
     args = parser.parse_args()
 
@@ -136,8 +135,7 @@ def main() -> None:
 
     time_of = time_parts(task, optimizer, state, step, batch, args.repeats)
     whole = time_of["whole step"]
-    side = 8192 if args.accelerator else 2048
-    rate = matmul_rate(args.precision, side, repeats=args.repeats)
+    rate = matmul_rate(args.precision, repeats=args.repeats)
     flops = product_flops(step, state, {}, batch)
     views = config.views
     print(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import best_seconds, matmul_rate  # noqa: E402
 from jaxseg.models import vit  # noqa: E402
+from jaxseg.train.speed import best_seconds, matmul_rate  # noqa: E402
 
 
 def forward_flops(variant: vit.Variant, size: int) -> float:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxseg.tasks import Task
 from jaxseg.train import partition
 from jaxseg.train.checkpoint import Checkpointer
+from jaxseg.train.speed import matmul_rate, product_flops
 from jaxseg.train.state import TrainState, merge_params
 from jaxseg.train.writers import MetricWriter, Progress
 
@@ -174,12 +175,6 @@ class _PendingLosses:
                 )
 
 
-def _has_batch_norm(extra: Any) -> bool:
-    """Whether there are running statistics, which Flax calls `mean` and `var`."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(extra)]
-    return any(getattr(path[-1], "key", None) == "var" for path in paths if path)
-
-
 @dataclasses.dataclass
 class Trainer:
     """Trains a task from the newest checkpoint of a workdir, else from given parameters.
@@ -198,6 +193,8 @@ class Trainer:
       best_metric: the one that `evaluate` returns.
       accumulate: parts in which a batch is taken, see `make_train_step`.
       watch: sees the step and what is logged of it; or None.
+      precision: "float32" or "bfloat16" to log `share_of_peak`, the rate of the step's products and
+        convolutions over that of one large product in this precision, measured at the start; "" not to.
     """
 
     task: Task
@@ -214,6 +211,7 @@ class Trainer:
     best_metric: str = "iou"
     accumulate: int = 1
     watch: Callable[[int, Mapping[str, float]], None] | None = None
+    precision: str = ""
 
     def run(self, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> TrainState:
         """Runs all steps that are left.
@@ -226,16 +224,10 @@ class Trainer:
           The state after the last step; it is saved.
 
         Raises:
-          ValueError: batch norm, and a batch that the devices do not divide.
           NonFiniteLossError: naming the step and the last good checkpoint.
           Interrupted: after SIGTERM, once the state is saved.
         """
         state = make_state(self.task, params, self.optimizer, self.schedule.average)
-        if self.batch_size % self.mesh.size and _has_batch_norm(state.extra):
-            raise ValueError(
-                f"config.train.batch is {self.batch_size}; allowed with batch norm on {self.mesh.size} "
-                "devices: multiples of their number (what fills it up would count in the norms)"
-            )
         shardings = partition.tree_sharding(self.mesh, state, self.layout)
         state = partition.put_tree(state, shardings)
         self._checkpointer = Checkpointer(self.workdir, best_metric=self.best_metric)
@@ -246,11 +238,11 @@ class Trainer:
             if 0 < start < self.schedule.steps:
                 log.info("resuming at step %d of %d", start, self.schedule.steps)
             self._writer = MetricWriter(self.workdir, start_step=start if restored else -1)
-            if self.evaluate and self.schedule.evaluate_first and not restored:
-                self._evaluate(0, state)
             self._progress = Progress(
                 "train", self.schedule.steps, start=start, unit_images=self.batch_size
             )
+            if self.evaluate and self.schedule.evaluate_first and not restored:
+                self._evaluate(0, state)
             step_fn = make_train_step(
                 self.task,
                 self.optimizer,
@@ -269,9 +261,13 @@ class Trainer:
         return state
 
     def _steps(self, step_fn, state: TrainState, frozen, start: int) -> TrainState:
+        self._share_of_peak = None  # of a rate of one image/s
         with StopSignal() as stop:
             for step, batch in enumerate(self.batches(start, self.schedule.steps), start + 1):
                 batch = partition.put_batch(self.mesh, batch)
+                if self.precision and self._share_of_peak is None:
+                    work = product_flops(step_fn, state, frozen, batch) / self.batch_size
+                    self._share_of_peak = work / (matmul_rate(self.precision) * self.mesh.size)
                 # What is left to transfer here would be a mistake: a copy in every step.
                 with jax.transfer_guard("disallow"):
                     state, scalars = step_fn(state, frozen, batch)
@@ -302,7 +298,9 @@ class Trainer:
             )
 
     def _evaluate(self, step: int, state: TrainState) -> Mapping[str, float]:
+        begin = time.monotonic()
         metrics = self.evaluate(state)
+        self._progress.skip(time.monotonic() - begin)
         self._writer.write(step, {f"val_{k}": v for k, v in metrics.items()})
         return metrics
 
@@ -312,6 +310,8 @@ class Trainer:
         values["learning_rate"] = float(self.learning_rate(step - 1))
         if rate := self._progress.images_per_second:
             values["images_per_second"] = round(rate, 2)
+            if self._share_of_peak:
+                values["share_of_peak"] = round(self._share_of_peak * rate, 4)
         values["time"] = round(time.time(), 3)
         self._writer.write(step, values)
         if self.watch is not None:

@@ -88,6 +88,10 @@ class Progress:
         """Mean rate since the first update, as what came before it was mostly compilation."""
         return (self._done - self._first) * self._images / max(time.monotonic() - self._begin, 1e-9)
 
+    def skip(self, seconds: float) -> None:
+        """Leaves time that went into something else, as evaluation, out of the rate."""
+        self._begin += seconds
+
     def update(self, done: int, note: str = "") -> None:
         """`done` steps are finished; a plain line appears at most every five seconds."""
         now = time.monotonic()

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.timing import product_flops
+from jaxseg.train.speed import product_flops
 
 
 class _Network(nn.Module):
