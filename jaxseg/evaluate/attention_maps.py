@@ -158,7 +158,7 @@ def plot_attention(
 
     The best head is that of the highest Jaccard index with the mask, whose outline is drawn in pink;
     where there is no mask, what the mean of the heads keeps is shown instead. Each map has its own
-    scale from 0 to its maximum.
+    scale from 0 to its maximum, and what it keeps is outlined.
 
     Args:
       images: uint8 HxWx3.
@@ -186,6 +186,7 @@ def plot_attention(
         axes[row, 0].imshow(image)
         for axis, values in zip(axes[row, 1:-1], (mean, *attention), strict=True):
             axis.imshow(values, cmap="inferno", vmin=0)
+            _outline_mass(axis, keep_mass(values, mass))
         best, label = _best(attention, mean, mask, mass)
         axes[row, -1].imshow(overlay(image, upsample(keep_mass(best, mass), image.shape[:2])))
         box = dict(facecolor="white", alpha=0.8, linewidth=0, pad=1)
@@ -196,6 +197,16 @@ def plot_attention(
             outline = upsample(foreground, image.shape[:2])
             axes[row, 0].contour(outline, levels=[0.5], colors=_OUTLINE, linewidths=1)
     figures.save(figure, path)
+
+
+def _outline_mass(axis, kept_hw: np.ndarray) -> None:
+    """Draws the border of the kept patches into a map of one pixel a patch."""
+    if kept_hw.all():
+        return
+    h, w = kept_hw.shape
+    edges = upsample(kept_hw, (8 * h, 8 * w))
+    where = (-0.5, w - 0.5, -0.5, h - 0.5)
+    axis.contour(edges, levels=[0.5], colors="white", linewidths=0.6, extent=where)
 
 
 def _best(attention, mean, mask, mass) -> tuple[np.ndarray, str]:
