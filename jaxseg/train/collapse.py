@@ -18,6 +18,8 @@ _STEPS = 40
 # Outputs that never came apart are reported after so many.
 _PATIENCE = 1000
 _FAR = 0.5
+# A teacher that keeps so little of itself is the student: one step apart they are momentum * update.
+_SAME = 0.1
 
 MESSAGES = {
     "centre": (
@@ -78,7 +80,7 @@ class CollapseMonitor:
             return "sharpening"
         if step > 1 and values["center_norm"] == 0:
             return "centre"
-        if step > 1 and values["teacher_distance"] == 0 and values["update_ratio"] > 0:
+        if step > 1 and values["teacher_distance"] < _SAME * values["update_ratio"]:
             return "shared"
         divergence = values["teacher_kl"]
         self._highest = max(self._highest, divergence)
