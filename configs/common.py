@@ -109,6 +109,7 @@ def get_dense_config() -> ml_collections.ConfigDict:
         train="auto",  # none, all, or auto: none with weights, all without
         freeze=0,  # of a backbone that is trained: so many of its first blocks or stages rest
         layers=(-1,),  # blocks of a ViT whose patch tokens the head gets
+        norm="batch",  # of a ResNet; or group, from scratch only
         stride=0,  # image pixels per token; 0 = the patch size, 16 for patch 14 and for a ResNet
     )
     config.optim.layer_decay = 1.0  # of the learning rate, for each layer farther from the head
@@ -209,7 +210,7 @@ def get_pretraining_config() -> ml_collections.ConfigDict:
     """The base, and what learning without labels adds."""
     config = get_base_config()
     config.backbone.update(
-        drop_path=0.1,  # stochastic depth of the last block
+        drop_path=0.1,  # stochastic depth of a ViT's last block
         remat=False,  # compute activations again instead of keeping them: less memory, more time
     )
     config.views = ml_collections.ConfigDict(

@@ -8,10 +8,12 @@ and the classes serve k-NN alone). Afterwards `--config.backbone.weights=W` uses
 in `configs/pac_objseg.py`, and `--mode=analyze` shows what it learnt.
 
 Without a preset: ViT-S/16 by the paper's recipe. Presets, after a colon:
-  s16          the same on ImageNet through TFDS, prepared as array_record (100 epochs, batch 1024;
-               the paper: k-NN 69.3, linear 74.0).
+  s16          the same on ImageNet through TFDS, prepared as array_record (100 epochs, batch 512, on 8
+               GPUs; the paper: k-NN 69.3, linear 74.0, which compare with all training images:
+               `--config.eval.limit=0`).
   small        low-resolution images, few of them, one GPU: 32 x 32 pixels, ViT with patch 4.
-  laptop       the same within half an hour on two CPU cores.
+  laptop       a small ResNet, within half an hour on two CPU cores (20,000 images of CIFAR-10: k-NN
+               0.506, untrained 0.317).
   course       task 1 of the Freiburg deep-learning lab: 2 x 192 + 4 x 72 crops, 128 outputs, batch
                128, 10 epochs.
   shapes       the backbone of `configs/pac_objseg.py`, from drawn images alone.
@@ -53,7 +55,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             student_temperature=0.1,
             teacher_temperature=0.04,
             warmup_teacher_temperature=0.04,
-            warmup_teacher_epochs=0.0,
+            warmup_teacher_epochs=0,
             momentum=0.996,  # of the teacher; reaches 1 along a cosine
             center_momentum=0.9,
             freeze_last_layer=1.0,  # epochs
@@ -76,7 +78,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.tfds.update(name="imagenet2012", mask_key="", label_key="label")
         config.dino.norm_last_layer = False
         config.eval.update(resolution=224, crop=0.875, limit=50000)
-        config.train.update(batch=1024, eval_every=5000)
+        config.train.update(batch=512, eval_every=5000)
     if "small" in presets or "laptop" in presets:
         _small(config)
     if "laptop" in presets:
@@ -88,9 +90,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             outputs=128,
             teacher_temperature=0.04,
             warmup_teacher_temperature=0.01,
-            warmup_teacher_epochs=1.0,
+            warmup_teacher_epochs=1,
         )
-        config.train.update(batch=128, epochs=10.0)
+        config.train.update(batch=128, epochs=10.0, eval_every=200)
     if "shapes" in presets:
         _shapes(config)
     if "small_batch" in presets:
@@ -119,7 +121,7 @@ def _laptop(config: ml_collections.ConfigDict) -> None:
     config.views.local_count = 2
     config.dino.update(outputs=1024, batch_norm=True, momentum=0.99, freeze_last_layer=0.5)
     config.optim.update(lr=1e-3, lr_batch=0, weight_decay_end=-1.0)
-    config.train.update(batch=64, epochs=9.0, eval_every=500, log_every=25)
+    config.train.update(batch=64, epochs=27.0, eval_every=1000, log_every=50)
     config.eval.batch = 100
 
 

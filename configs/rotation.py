@@ -7,7 +7,7 @@ The other pretext task, on the data, the backbones, the loop and the analysis of
 compared with it at equal time. Paper: ResNet-50 on ImageNet, 48.2 linear top-1.
 
 Presets, after a colon:
-  laptop    images of 32 x 32, the network of `configs/dino.py:laptop`.
+  laptop    images of 32 x 32, the network of `configs/dino.py:laptop`, as long on two CPU cores.
   runlocal  ten steps, to see that everything works.
 """
 
@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.backbone.variant = like.backbone.variant
         config.data.size = like.data.size
         config.views.size = like.views.global_size
-        config.train.update(batch=128, eval_every=like.train.eval_every)
+        config.train.update(batch=128, epochs=14.0, eval_every=like.train.eval_every)
     if "runlocal" in presets:
         config.data.limit = 32
         config.eval.limit = 32

@@ -6,7 +6,7 @@ attention with the objects, and a run's own history the t-SNE over its epochs.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxseg import pretrain
 from jaxseg import workdir as folder
 from jaxseg.config import DENSE_TASKS, ConfigError, validate
-from jaxseg.data import DataError, sources
+from jaxseg.data import sources
 from jaxseg.evaluate import (
     attention_maps,
     embedding,
@@ -34,6 +35,7 @@ from jaxseg.evaluate import (
 )
 from jaxseg.experiment import Backbone, make_source
 from jaxseg.models.vit import ViT
+from jaxseg.ops.views import center_crops
 from jaxseg.train import partition
 from jaxseg.train.writers import read_metrics, write_json
 
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 _PICTURES = 8  # images, or queries, that are shown
 _NEIGHBORS = 5
 _TSNE_POINTS = 2000
+_CALIBRATION = 2000  # images that the batch norm of an untrained network sees
 
 
 def analyze(
@@ -70,6 +73,7 @@ def analyze(
         )
     if stored:
         run = pretrain.restore(workdir, overrides)
+        size = run.size
         config, backbone, mesh = run.config, run.task.backbone, run.mesh
         variables = run.task.backbone_variables(run.state.best_params, run.state.extra)
         subject = f"the run in {workdir.name} at step {run.step}"
@@ -86,20 +90,31 @@ def analyze(
         variables = {"params": loaded.params, "batch_stats": loaded.statistics}
         shardings = partition.tree_sharding(mesh, variables, config.sharding.params)
         variables = partition.put_tree(variables, shardings)
-        subject = f"{config.backbone.weights}"
-    return _Analysis(config, backbone, variables, mesh, workdir, subject).run()
+        subject, size = f"{config.backbone.weights}", None
+    return _Analysis(config, backbone, variables, mesh, workdir, subject, size).run()
 
 
 class _Analysis:
-    def __init__(self, config, backbone: nn.Module, variables, mesh, workdir: Path, subject: str):
+    """Computes everything, then writes the numbers, and draws the pictures last."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        backbone: nn.Module,
+        variables: Mapping[str, Any],
+        mesh: Mesh,
+        workdir: Path,
+        subject: str,
+        stored_size: tuple[int, int] | None,
+    ):
         self.config, self.backbone, self.variables = config, backbone, variables
         self.mesh, self.workdir, self.subject = mesh, workdir, subject
         self.folder = workdir / "report"
         self.held_out = make_source(config, config.eval.split)
-        self.size = sources.working_size(self.held_out, tuple(config.data.size), 1)
+        self.size = pretrain.image_size(config, self.held_out, stored_size)
         self.names = tuple(self.held_out.categories)
         self.result: dict[str, Any] = {"subject": subject, "split": config.eval.split}
-        self.captions: dict[str, str] = {}
+        self.pictures: dict[str, tuple[str, Callable[[Path], Any]]] = {}
         prepare = pretrain.make_input(config, backbone)
         options = {"attention": True} if isinstance(backbone, ViT) else {}
 
@@ -109,12 +124,11 @@ class _Analysis:
 
         self._apply = jax.jit(look)
         embed = pretrain.make_embedding(config, backbone)
+        # At most 32 x 32, which is CIFAR's size and enough for a baseline.
+        side = (min(32, self.size[0]), min(32, self.size[1]))
 
         def compute(variables, batch):
-            small = batch["image"].astype(jnp.float32) / 255.0
-            # At most 32 x 32, which is CIFAR's size and enough for a baseline.
-            side = (min(32, small.shape[1]), min(32, small.shape[2]))
-            small = jax.image.resize(small, (len(small), *side, 3), "linear")
+            small = center_crops(batch["image"], batch["extent"], side, share=config.eval.crop)
             return {**embed(variables, batch), "pixels": small.reshape(len(small), -1)}
 
         self._gather = features.Gatherer(compute, mesh)
@@ -124,11 +138,11 @@ class _Analysis:
         self.result["images"] = len(found["cls"])
         self.result["rankme"] = rank.rankme(found["cls"])
         self.result["embedding_std"] = rank.embedding_std(found["cls"])
-        labelled = len(self.names) > 1 and (found["category"] >= 0).all()
-        if labelled:
-            self._classes(found)
-        self._neighbors(found, labelled)
-        self._tsne(found, labelled)
+        reference = pretrain.knn_reference(self.config, self.held_out)
+        if reference is not None and (found["category"] >= 0).any():
+            self._classes(found, reference)
+        self._neighbors(found)
+        self._tsne(found)
         self._dense()
         if jax.process_index() == 0:
             self._write()
@@ -140,21 +154,19 @@ class _Analysis:
         batches, count = reader.spread(self.config.eval.limit)
         return self._gather(variables, batches, total=count, label="features")
 
-    def _classes(self, found: Mapping[str, np.ndarray]) -> None:
+    def _classes(self, found: Mapping[str, np.ndarray], reference: sources.Source) -> None:
         """k-NN and linear probe, beside the same network untrained and beside raw pixels."""
-        reference = make_source(self.config, self.config.eval.train_split)
-        if tuple(reference.categories) != self.names:
-            raise DataError(
-                f"the classes of split {self.config.eval.train_split} are {reference.categories}, "
-                f"those of {self.config.eval.split} are {self.names}: they must be the same"
-            )
-        train = self._features(reference, self.variables)
+        found = pretrain.labelled(found)
+        train = pretrain.labelled(self._features(reference, self.variables))
+        if not len(train["cls"]):
+            return
         untrained = self._untrained(reference)
         mean = train["pixels"].mean(0)
         rows = {
             "backbone": (train["cls"], found["cls"]),
             "untrained": tuple(
-                self._features(source, untrained)["cls"] for source in (reference, self.held_out)
+                pretrain.labelled(self._features(source, untrained))["cls"]
+                for source in (reference, self.held_out)
             ),
             "pixels": (train["pixels"] - mean, found["pixels"] - mean),
         }
@@ -185,8 +197,8 @@ class _Analysis:
             lambda path: rank.plot_spectrum({n: b for n, (_, b) in rows.items()}, path),
         )
 
-    def _untrained(self, reference) -> dict[str, Any]:
-        """Fresh variables; batch norm's running statistics are those of the reference images."""
+    def _untrained(self, reference: sources.Source) -> dict[str, Any]:
+        """Fresh variables; batch norm's running statistics are those of some reference images."""
         seen = pretrain.network_size(self.config, self.backbone, self.size)
         init = jax.jit(self.backbone.init)
         variables = dict(init(jax.random.key(self.config.seed), jnp.zeros((1, *seen, 3))))
@@ -201,18 +213,26 @@ class _Analysis:
             )
             return {**variables, **changed}
 
-        # Momentum 0.9: after fifty batches half a percent of the initial values is left.
-        batches, _ = pretrain.Reader(self.config, reference, self.size).spread(
-            50 * self.config.eval.batch
-        )
+        # Whole batches alone: what fills one up would count in its statistics.
+        batch = max(self.mesh.size, self.config.eval.batch // self.mesh.size * self.mesh.size)
+        config = self.config.copy_and_resolve_references()
+        config.eval.batch = batch
+        count = min(_CALIBRATION, len(reference)) // batch * batch or len(reference)
+        batches, _ = pretrain.Reader(config, reference, self.size).spread(count)
+        before, left = variables["batch_stats"], 1.0
         for batch in batches:
             variables = see(variables, partition.put_batch(self.mesh, batch))
-        return variables
+            left *= 0.9  # the momentum of batch norm: what is left of the values before
+        after = variables["batch_stats"]
+        mean = jax.tree.map(lambda a, b: (a - left * b) / (1.0 - left), after, before)
+        return {**variables, "batch_stats": mean}
 
-    def _neighbors(self, found: Mapping[str, np.ndarray], labelled: bool) -> None:
+    def _neighbors(self, found: Mapping[str, np.ndarray]) -> None:
         count = len(found["cls"])
         if count <= _NEIGHBORS:
             return
+        labelled = self._labelled(found)
+        chosen = sources.spread(len(self.held_out), self.config.eval.limit or len(self.held_out))
         everyone = np.arange(count)
         queries = sources.spread(count, _PICTURES)
         for metric in ("cosine", "l2"):
@@ -222,7 +242,7 @@ class _Analysis:
                 self.result[f"neighbor_agreement_{metric}"] = agreement
             wanted = {int(i) for i in np.concatenate([queries[:, None], nearest[queries]], 1).flat}
             images = [
-                self.held_out[int(found["index"][i])]["image"] if i in wanted else None
+                self.held_out[int(chosen[found["index"][i]])]["image"] if i in wanted else None
                 for i in range(count)
             ]
             self._show(
@@ -238,11 +258,18 @@ class _Analysis:
                 ),
             )
 
-    def _tsne(self, found: Mapping[str, np.ndarray], labelled: bool) -> None:
-        history = sorted((self.workdir / "features").glob("[0-9]*.npz"))
+    def _labelled(self, found: Mapping[str, np.ndarray]) -> bool:
+        return len(self.names) > 1 and bool((found["category"] >= 0).all())
+
+    def _tsne(self, found: Mapping[str, np.ndarray]) -> None:
+        labelled = self._labelled(found)
         snapshots = []
-        for path in history:
+        for path in sorted((self.workdir / "features").glob("[0-9]*.npz")):
             with np.load(path) as kept:
+                # Of these images alone: since then another limit, split or data set may have been asked for.
+                same = len(kept["cls"]) == len(found["cls"]) and tuple(kept["names"]) == self.names
+                if not same or str(kept["split"]) != self.config.eval.split:
+                    continue
                 cls, category = kept["cls"].astype(np.float32), kept["category"]
             snapshots.append((f"step {int(path.stem)}", cls, category if labelled else None))
         if not snapshots:
@@ -303,22 +330,24 @@ class _Analysis:
             )[0]
         return example["image"], patches, attention, example.get("mask")
 
-    def _show(self, name: str, caption: str, draw) -> None:
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            draw(self.folder / name)
-            self.captions[name] = caption
+    def _show(self, name: str, caption: str, draw: Callable[[Path], Any]) -> None:
+        """Notes a picture for the page; `draw` gets its path."""
+        self.pictures[name] = (caption, draw)
 
     def _write(self) -> None:
-        metrics = read_metrics(self.workdir)
-        if report.plot_curves(metrics, self.folder / "curves.png"):
-            self.captions = {"curves.png": "Training", **self.captions}
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.workdir / "analysis.json", self.result)
+        captions = {}
+        if report.plot_curves(read_metrics(self.workdir), self.folder / "curves.png"):
+            captions["curves.png"] = "Training"
+        for name, (caption, draw) in self.pictures.items():
+            draw(self.folder / name)
+            captions[name] = caption
         report.write_page(
             self.folder / "analysis.html",
             title=f"What {self.subject} has learnt",
             table=_table(self.result),
-            captions=self.captions,
+            captions=captions,
             config=json.dumps(self.config.to_dict(), indent=2),
         )
         print(_summary(self.result), flush=True)

@@ -12,9 +12,10 @@ from jaxseg.data.coco import CROWDS, OVERLAPS
 from jaxseg.losses.multiclass import MULTICLASS, SCHEMES
 from jaxseg.losses.segmentation import BINARY
 from jaxseg.models import HEADS
-from jaxseg.models.backbones import BACKBONES
+from jaxseg.models.backbones import BACKBONES, AnyVariant
 from jaxseg.models.conditioned import ATTENTIONS, CONTEXTS
 from jaxseg.models.deeplab import LOW_LEVELS
+from jaxseg.models.resnet import NORMS
 from jaxseg.models.segmenter import NORMALIZATIONS
 from jaxseg.train.optim import OPTIMIZERS, SCHEDULES
 from jaxseg.train.partition import PARAMETER_LAYOUTS
@@ -69,15 +70,15 @@ _MORE_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "multiclass": {
         **_COCO,
         "class_weights": tuple(SCHEMES),
-        "head.deeplabv3.norm": ("batch", "group"),
-        "head.deeplabv3plus.norm": ("batch", "group"),
+        "head.deeplabv3.norm": NORMS,
+        "head.deeplabv3plus.norm": NORMS,
         "head.deeplabv3plus.low_level": LOW_LEVELS,
     },
     "attention": {
         **_COCO,
         "head.attention.attention": ATTENTIONS,
         "head.attention.context": CONTEXTS,
-        "head.attention.norm": ("batch", "group"),
+        "head.attention.norm": NORMS,
     },
 }
 
@@ -87,6 +88,7 @@ TASK_CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         task: {
             "backbone.variant": tuple(BACKBONES),
             "backbone.train": ("auto", "none", "all"),
+            "backbone.norm": NORMS,
             "head.name": tuple(heads),
             **_MORE_CHOICES.get(task, {}),
         }
@@ -263,7 +265,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if task in DENSE_TASKS:
         _validate_dense(config)
     if task in ("dino", "rotation"):
-        _validate_views(config)
+        _validate_pretraining(config)
     if config.train.batch % config.train.accumulate:
         raise ConfigError(
             f"config.train.accumulate is {config.train.accumulate}; allowed: divisors of "
@@ -311,6 +313,11 @@ def _validate_dense(config: ml_collections.ConfigDict) -> None:
                     f"config.head.attention.{key} is {config.head.attention[key]}; allowed: multiples "
                     "of 8"
                 )
+    if config.backbone.weights and config.backbone.norm != "batch":
+        raise ConfigError(
+            f"config.backbone.norm is {config.backbone.norm!r}; allowed with config.backbone.weights: "
+            "'batch', which theirs is"
+        )
     if config.backbone.train == "none" and config.backbone.freeze:
         raise ConfigError(
             f"config.backbone.freeze is {config.backbone.freeze}; with config.backbone.train='none' "
@@ -334,6 +341,8 @@ def _validate_dense(config: ml_collections.ConfigDict) -> None:
             f"config.data.categories is {tuple(config.data.categories)}; several classes are named in "
             "config.data.classes"
         )
+    if config.task != "segmentation":
+        _validate_classes(config)
     window = _pair(config, "eval.window", int)
     if any(window) and not all(window):
         raise ConfigError(f"config.eval.window is {window}; allowed: (0, 0), or two sizes above 0")
@@ -342,7 +351,35 @@ def _validate_dense(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"config.eval.scales is {scales}; allowed: numbers above 0, at most 8")
 
 
-def _validate_views(config: ml_collections.ConfigDict) -> None:
+def _validate_classes(config: ml_collections.ConfigDict) -> None:
+    data = config.data
+    if tuple(data.classes) and data.name in sources.DRAWN:
+        raise ConfigError(
+            f"config.data.classes is {tuple(data.classes)}; allowed with config.data.name={data.name!r}, "
+            "which has its own: ()"
+        )
+    if tuple(data.void) and data.name != "folder":
+        raise ConfigError(
+            f"config.data.void is {tuple(data.void)}; allowed with config.data.name={data.name!r}: ()"
+            + (" (config.data.tfds.void is for tfds)" if data.name == "tfds" else "")
+        )
+    for name in ("deeplabv3", "deeplabv3plus"):
+        if name not in config.head:
+            continue
+        rates, reduce = tuple(config.head[name].rates), config.head[name].reduce
+        if not all(isinstance(rate, int) and rate > 0 for rate in rates):
+            raise ConfigError(
+                f"config.head.{name}.rates is {rates}; allowed: whole numbers above 0, or () for those of "
+                "the stride"
+            )
+        if reduce < 0:
+            raise ConfigError(
+                f"config.head.{name}.reduce is {reduce}; allowed: 0 (off) or channels"
+            )
+
+
+def _validate_pretraining(config: ml_collections.ConfigDict) -> None:
+    task = config.task
     views = config.views
     for key in (f"views.{name}" for name in views if name.endswith("scale")):
         low, high = _pair(config, key, float)
@@ -355,12 +392,22 @@ def _validate_views(config: ml_collections.ConfigDict) -> None:
                 f"config.views.{key} is {value}; allowed: three probabilities, of the first and the "
                 "second global crop and of the local ones"
             )
-    patch = BACKBONES[config.backbone.variant].patch
-    for name, size in views.items():
-        if name.endswith("size") and size % patch:
+    if task == "dino" and config.optim.average:
+        raise ConfigError(
+            f"config.optim.average is {config.optim.average}; allowed for dino: 0 (its teacher is the "
+            "average, by dino.momentum)"
+        )
+    if not config.backbone.weights:
+        check_crops(config, BACKBONES[config.backbone.variant])
+
+
+def check_crops(config: ml_collections.ConfigDict, variant: AnyVariant) -> None:
+    """Raises ConfigError unless the patches of the backbone divide every crop of `config.views`."""
+    for name, size in config.views.items():
+        if name.endswith("size") and size % variant.patch:
             raise ConfigError(
-                f"config.views.{name} is {size}; allowed: multiples of the patch {patch} of "
-                f"{config.backbone.variant}"
+                f"config.views.{name} is {size}; allowed: multiples of the patch {variant.patch} of "
+                f"{variant.name}"
             )
 
 

@@ -123,7 +123,12 @@ def make_model(
                 f"config.backbone is a {variant.name}; the heads for one object class take a ViT "
                 "(configs/deeplab_multiclass.py takes both)"
             )
-        backbone = backbones.build(variant, dtype=config.backbone.precision, output_stride=stride)
+        backbone = backbones.build(
+            variant,
+            dtype=config.backbone.precision,
+            output_stride=stride,
+            norm=config.backbone.norm,
+        )
     else:
         stride = config.backbone.stride or default_stride(variant.patch)
         for layer in config.backbone.layers:
@@ -284,6 +289,7 @@ class Reader:
       frozen: host arrays of the frozen parameters; its `backbone` is used if that is frozen as a whole.
       digest: identifies it.
       train: whether the config's augmentation applies.
+      cache: whether features are wanted at all.
     """
 
     def __init__(
@@ -295,6 +301,7 @@ class Reader:
         frozen: Mapping[str, Any],
         digest: str,
         train: bool,
+        cache: bool = True,
     ):
         self._config = config
         augment = make_augmentation(config) if train else Augmentation()
@@ -302,7 +309,7 @@ class Reader:
         only_flips = dataclasses.replace(augment, flip=0.0) == Augmentation()
         features = None
         one_map = isinstance(task.model.backbone.variant, Variant)
-        if frozen_backbone(config) and only_flips and one_map:
+        if cache and frozen_backbone(config) and only_flips and one_map:
             orientations = 2 if augment.flip else 1
             features = self._make_cache(task, source, frozen["backbone"], digest, orientations)
         self.cached = features is not None
@@ -441,6 +448,29 @@ def params_digest(params: Mapping[str, Any]) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def check_batch(config: ml_collections.ConfigDict, *, batch_norm: bool) -> None:
+    """Checks that all devices, and `train.accumulate` parts, divide a batch where that matters.
+
+    Args:
+      config: the run's config.
+      batch_norm: whether statistics of the batch are learned from, which padding would change.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    batch, devices, parts = config.train.batch, jax.device_count(), config.train.accumulate
+    padded = -(-batch // devices) * devices
+    if padded != batch and batch_norm:
+        raise ConfigError(
+            f"config.train.batch is {batch}; allowed with batch norm on {devices} devices: multiples "
+            f"of {devices} (padding would count in its statistics)"
+        )
+    if padded % parts:
+        raise ConfigError(
+            f"config.train.accumulate is {parts}; allowed on {devices} devices: divisors of {padded}"
+        )
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxseg import workdir as folder
-from jaxseg.config import ConfigError, validate
+from jaxseg.config import ConfigError, check_crops, validate
 from jaxseg.data import DataError, loader, sources
 from jaxseg.data.cache import PreparedSource
 from jaxseg.evaluate import features, knn, rank
-from jaxseg.experiment import Backbone, make_source, total_steps
+from jaxseg.experiment import Backbone, check_batch, make_source, total_steps
 from jaxseg.files import replacing
 from jaxseg.models import backbones
 from jaxseg.models.projection import ProjectionHead
@@ -68,13 +68,18 @@ def make_task(
     *,
     steps: int,
     examples: int,
+    statistics: Mapping[str, Any] | None = None,
 ) -> Task:
-    """The task of a config, for a run of `steps` on so many examples."""
+    """The task of a config, for a run of `steps` on so many examples.
+
+    `statistics` are running ones that the backbone's batch norm starts from.
+    """
     backbone = make_backbone(config, variant)
     if config.task == "rotation":
         v = config.views
         view = View(v.size, tuple(v.scale), **{k: v[k] for k in _LOOK})
-        return RotationTask(backbone, view, config.backbone.normalization)
+        normalization = config.backbone.normalization
+        return RotationTask(backbone, view, normalization, statistics=statistics or {})
     options = config.dino
     return DinoTask(
         backbone=backbone,
@@ -92,11 +97,12 @@ def make_task(
         teacher_temperature=schedules.staircase(
             options.warmup_teacher_temperature,
             options.teacher_temperature,
-            round(options.warmup_teacher_epochs),
+            options.warmup_teacher_epochs,
             examples / config.train.batch,
         ),
         momentum=schedules.cosine(options.momentum, 1.0, steps),
         center_momentum=options.center_momentum,
+        statistics=statistics or {},
     )
 
 
@@ -150,9 +156,12 @@ class Reader:
         )
 
     def spread(self, limit: int) -> tuple[Iterator[Mapping[str, np.ndarray]], int]:
-        """(batches of `limit` examples, evenly spaced over the source, their number); 0 = all."""
-        count = min(limit or len(self._source), len(self._source))
-        chosen = self._source.subset(sources.spread(len(self._source), count))
+        """(batches of `limit` examples, evenly spaced over the source, their number); 0 = all.
+
+        An example's `index` is its place among them.
+        """
+        picked = sources.spread(len(self._source), limit or len(self._source))
+        chosen, count = self._source.subset(picked), len(picked)
         batches = loader.eval_batches(chosen, batch=self._config.eval.batch, **self._options())
         return batches, count
 
@@ -181,9 +190,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     source = make_source(config, "train")
     size = sources.working_size(source, tuple(config.data.size), 1)
     backbone = Backbone.load(config)
+    check_crops(config, backbone.variant)
     steps = total_steps(config, len(source))
-    task = make_task(config, backbone.variant, steps=steps, examples=len(source))
+    task = make_task(
+        config,
+        backbone.variant,
+        steps=steps,
+        examples=len(source),
+        statistics=backbone.statistics,
+    )
     params = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
+    check_batch(config, batch_norm=_has_batch_norm(jax.eval_shape(task.init_extra, params)))
     if backbone.params is not None:
         params = {**params, "backbone": backbone.params}
     description = folder.Description(
@@ -215,6 +232,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             best_metric="knn",
             accumulate=config.train.accumulate,
             watch=_monitor(config, workdir),
+            precision=config.backbone.precision,
         ).run(params, {})
     try:
         return evaluate(workdir, {})
@@ -227,12 +245,70 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         return {}
 
 
-def _monitor(config: ml_collections.ConfigDict, workdir: Path) -> CollapseMonitor | None:
-    """Watches a run of DINO, with what its folder says of the steps before."""
+def _has_batch_norm(extra: Mapping[str, Any]) -> bool:
+    """Whether there are running statistics, which Flax calls `mean` and `var`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(extra)]
+    return any(getattr(path[-1], "key", None) == "var" for path in paths)
+
+
+def _monitor(config: ml_collections.ConfigDict, workdir: Path):
+    """Watches a run of DINO, with what its folder says of the steps before; None for other tasks."""
     if config.task != "dino":
         return None
-    highest = max((row.get("teacher_kl", 0.0) for row in read_metrics(workdir)), default=0.0)
-    return CollapseMonitor(config.dino.student_temperature, highest=highest)
+    monitor: list[CollapseMonitor] = []
+
+    def watch(step: int, values: Mapping[str, float]) -> None:
+        # Not sooner: what an earlier attempt logged after the newest checkpoint is gone only now.
+        if not monitor:
+            rows = (row.get("teacher_kl", 0.0) for row in read_metrics(workdir))
+            monitor.append(
+                CollapseMonitor(config.dino.student_temperature, highest=max(rows, default=0.0))
+            )
+        monitor[0](step, values)
+
+    return watch
+
+
+def knn_reference(
+    config: ml_collections.ConfigDict, held_out: sources.Source
+) -> sources.Source | None:
+    """The images with classes that those of `held_out` are compared with; None where it makes no sense.
+
+    Raises:
+      DataError: the splits have different classes.
+    """
+    if len(held_out.categories) < 2:
+        return None
+    if config.eval.train_split == config.eval.split:
+        log.warning(
+            "no k-NN: config.eval.split and config.eval.train_split are both %s, where every image would "
+            "find itself",
+            config.eval.split,
+        )
+        return None
+    reference = make_source(config, config.eval.train_split)
+    here, there = set(held_out.categories), set(reference.categories)
+    if here != there:
+        raise DataError(
+            f"the classes of the splits {config.eval.split} and {config.eval.train_split} must be the "
+            f"same: only the one has {sorted(here - there)}, only the other {sorted(there - here)}"
+        )
+    return reference
+
+
+def labelled(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows that have a class; images that lie in no class's folder have category -1."""
+    return {k: v[found["category"] >= 0] for k, v in found.items()}
+
+
+def image_size(
+    config: ml_collections.ConfigDict, source: sources.Source, stored: tuple[int, int] | None
+) -> tuple[int, int]:
+    """(H, W) of the canvas: `config.data.size`, else that of the run, else that of the images."""
+    asked = tuple(config.data.size)
+    if asked == (0, 0) and stored is not None:
+        return stored
+    return sources.working_size(source, asked, 1)
 
 
 class Judge:
@@ -251,22 +327,18 @@ class Judge:
     def __init__(self, config, task: Task, size: tuple[int, int], mesh: Mesh):
         self._config, self._task, self._mesh = config, task, mesh
         held_out = make_source(config, config.eval.split)
-        reference = make_source(config, config.eval.train_split)
         self._held_out = Reader(config, held_out, size)
-        self._reference = Reader(config, reference, size)
-        self._classes = held_out.categories
-        if tuple(reference.categories) != tuple(held_out.categories):
-            raise DataError(
-                f"the classes of split {config.eval.train_split} are {reference.categories}, those "
-                f"of {config.eval.split} are {held_out.categories}: they must be the same"
-            )
+        self.classes = tuple(held_out.categories)
+        reference = knn_reference(config, held_out)
+        self._reference = reference and Reader(config, reference, size)
         self._embed = features.Gatherer(make_embedding(config, task.backbone), mesh)
         rng = jax.random.key(config.seed)
 
         def score(state, batch):
             # A padding row's index is 0; it counts for nothing.
             batch = {**batch, "row": batch["index"]}
-            loss, found = task.loss(state.params, state.extra, batch, rng, state.step, train=False)
+            params = state.best_params
+            loss, found = task.loss(params, state.extra, batch, rng, state.step, train=False)
             return {"loss": loss, **found["scores"]}, batch["valid"].sum()
 
         self._score = jax.jit(score)
@@ -284,21 +356,21 @@ class Judge:
             "rankme": rank.rankme(found["cls"]),
             "embedding_std": rank.embedding_std(found["cls"]),
         }
-        if len(self._classes) < 2:
+        if self._reference is None:
             return metrics, found
         batches, count = self._reference.spread(limit)
-        train = self._embed(backbone, batches, total=count)
-        # Images that lie in no class's folder have category -1.
-        if min(found["category"].min(), train["category"].min()) >= 0:
-            k = min(self._config.eval.k, count)
+        train = labelled(self._embed(backbone, batches, total=count))
+        queries = labelled(found)
+        if len(train["cls"]) and len(queries["cls"]):
+            k = min(self._config.eval.k, len(train["cls"]))
             metrics["knn"] = knn.knn_accuracy(
                 train["cls"],
                 train["category"],
-                found["cls"],
-                found["category"],
+                queries["cls"],
+                queries["category"],
                 k=k,
                 temperature=self._config.eval.temperature,
-                classes=len(self._classes),
+                classes=len(self.classes),
             )[k]
         return metrics, found
 
@@ -372,18 +444,26 @@ def _validation(config, task, size, mesh, workdir):
     def evaluate_state(state: TrainState) -> dict[str, float]:
         metrics, found = judge(state)
         if jax.process_index() == 0:
-            _keep_features(workdir, int(state.step), found)
+            _keep_features(workdir, int(state.step), found, judge.classes, config.eval.split)
         return metrics
 
     return evaluate_state
 
 
-def _keep_features(workdir: Path, step: int, found: Mapping[str, np.ndarray]) -> None:
-    """Keeps the features for the t-SNE over the epochs."""
+def _keep_features(
+    workdir: Path, step: int, found: Mapping[str, np.ndarray], names: Sequence[str], split: str
+) -> None:
+    """Keeps the features for the t-SNE over the epochs, with what tells whose they are."""
     target = workdir / "features"
     target.mkdir(exist_ok=True)
     with replacing(target / f"{step:08d}.npz") as temporary:
-        np.savez(temporary, cls=found["cls"].astype(np.float16), category=found["category"])
+        np.savez(
+            temporary,
+            cls=found["cls"].astype(np.float16),
+            category=found["category"],
+            names=np.array(names, np.str_),
+            split=np.array(split, np.str_),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,7 +502,8 @@ def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
 def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Restores the run in `workdir`, scores it, and writes `eval.json`."""
     run = restore(workdir, overrides)
-    metrics, found = Judge(run.config, run.task, run.size, run.mesh)(run.state)
+    size = image_size(run.config, make_source(run.config, run.config.eval.split), run.size)
+    metrics, found = Judge(run.config, run.task, size, run.mesh)(run.state)
     split, count = run.config.eval.split, len(found["cls"])
     result = {"step": run.step, "split": split, "images": count, **metrics}
     if jax.process_index() == 0:

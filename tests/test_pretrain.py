@@ -1,7 +1,9 @@
 """Pretraining, its evaluation and analysis, and the use of what it learnt, on the smallest run."""
 
 import json
+import pickle
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,9 @@ from tiny import DINO_OVERRIDES, run_main, tiny_arguments, tiny_config
 
 from configs import dino, rotation
 from jaxseg import analyze, modes, pretrain, run, weights
-from jaxseg.config import ConfigError
+from jaxseg.config import ConfigError, check_crops
+from jaxseg.experiment import check_batch, make_source
+from jaxseg.models.backbones import BACKBONES
 
 LABELLED = {
     "data.name": "kinds",
@@ -83,6 +87,57 @@ def test_analysis_of_a_run(workdir):
     assert all(name in page for name in pictures)
 
 
+def test_neighbours_show_the_images_that_they_are(workdir, tmp_path, monkeypatch):
+    """12 of the 22 images are looked at: an image's place among them is not that in the split."""
+    shown = []
+    monkeypatch.setattr(analyze.neighbors, "plot_neighbors", lambda *a, **k: shown.append((a, k)))
+    analyze.analyze(_config(backbone__weights=str(workdir)), {}, tmp_path)
+    source = make_source(_config(), "test")
+    places = np.linspace(0, len(source) - 1, 12).astype(int)
+    (images, *_), options = shown[0]
+    assert len(source) > 12 and sum(image is not None for image in images) > 5
+    for place, image, label in zip(places, images, options["labels"], strict=True):
+        assert label == source[int(place)]["category"]
+        if image is not None:
+            np.testing.assert_array_equal(image, source[int(place)]["image"])
+
+
+def test_numbers_outlive_a_picture_that_fails(workdir, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(analyze.embedding, "plot_tsne", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        analyze.analyze(_config(backbone__weights=str(workdir)), {}, tmp_path)
+    assert "knn" in json.loads((tmp_path / "analysis.json").read_text())
+
+
+def test_images_are_not_compared_with_themselves(workdir, caplog):
+    found = pretrain.evaluate(workdir, {"eval.split": "train"})
+    assert "knn" not in found and "every image would find itself" in caplog.text
+    pretrain.evaluate(workdir, {})
+
+
+def test_a_worker_process_gets_what_reads_images():
+    reader = pretrain.Reader(_config(), make_source(_config(), "test"), (32, 32))
+    prepared = reader._source
+    before = prepared.read(3)["image"]
+    copy = pickle.loads(pickle.dumps(prepared))
+    np.testing.assert_array_equal(copy.read(3)["image"], before)
+
+
+def test_batches_that_devices_and_parts_do_not_divide(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    config = _config(train__batch=100, train__accumulate=5)
+    with pytest.raises(ConfigError, match="accumulate is 5; allowed on 8 devices: divisors of 104"):
+        check_batch(config, batch_norm=False)
+    with pytest.raises(
+        ConfigError, match="batch is 100; allowed with batch norm on 8 devices: mult"
+    ):
+        check_batch(config, batch_norm=True)
+    check_batch(_config(train__batch=96, train__accumulate=4), batch_norm=True)
+
+
 def test_analysis_of_weights(workdir, tmp_path):
     config = _config(backbone__weights=str(workdir))
     result = analyze.analyze(config, {}, tmp_path / "a")
@@ -103,7 +158,9 @@ def test_rotation(tmp_path):
     assert again["rotation_accuracy"] == pytest.approx(result["rotation_accuracy"], abs=1e-6)
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-5)
     found = analyze.analyze(None, {}, tmp_path)
-    assert "attention_jaccard" not in found and found["knn"] == pytest.approx(result["knn"], abs=1)
+    assert "attention_jaccard" not in found and found["knn"] == pytest.approx(
+        result["knn"], abs=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -115,9 +172,16 @@ def test_batch_norm_and_every_crop_size(tmp_path):
         train__steps=2,
         train__eval_every=0,
     )
-    result = pretrain.train(config, tmp_path)
-    again = pretrain.evaluate(tmp_path, {"eval.batch": 5})
+    result = pretrain.train(config, tmp_path / "a")
+    again = pretrain.evaluate(tmp_path / "a", {"eval.batch": 5})
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    # Another run goes on from these weights and statistics: its features are the same at first.
+    config.backbone.weights, config.train.eval_every = str(tmp_path / "a"), 1
+    pretrain.train(config, tmp_path / "b")
+    first = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0
+    assert first["val_rankme"] == pytest.approx(result["rankme"], rel=1e-3)
+    assert first["val_knn"] == result["knn"]
 
 
 @pytest.mark.slow
@@ -163,6 +227,7 @@ def test_modes_that_do_not_fit(workdir, tmp_path):
         ("train.accumulate", 3, "config.train.accumulate is 3; allowed: divisors of .*batch=8"),
         ("dino.teacher_temperature", 0.0, "config.dino.teacher_temperature is 0.0; allowed"),
         ("backbone.variant", "vgg", "config.backbone.variant is 'vgg'; allowed: .*resnet18"),
+        ("optim.average", 0.9, "config.optim.average is 0.9; allowed for dino: 0"),
         ("eval.train_split", "all", "config.eval.train_split is 'all'; allowed: train, val, test"),
     ],
 )
@@ -172,6 +237,14 @@ def test_wrong_values_are_named(tmp_path, key, value, message):
     with pytest.raises(ConfigError, match=message):
         pretrain.train(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_crops_must_fit_the_patches_of_the_weights():
+    config = dino.get_config()
+    with pytest.raises(ConfigError, match="local_size is 96; allowed: multiples of the patch 14"):
+        check_crops(config, BACKBONES["dinov2_vits14"])
+    config.views.local_size = 98
+    check_crops(config, BACKBONES["dinov2_vits14"])
 
 
 def test_from_the_command_line(tmp_path):

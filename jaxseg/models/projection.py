@@ -58,5 +58,6 @@ class ProjectionHead(nn.Module):
         # then takes fifty times as long on CPUs.
         out /= jnp.maximum(jnp.linalg.norm(v, axis=0), 1e-12)
         if not self.norm_last_layer:
-            out *= self.param("last_layer_g", nn.initializers.ones, (self.outputs,))
+            # A matrix, as in the reference, whose weight decay spares vectors only.
+            out *= self.param("last_layer_g", nn.initializers.ones, (1, self.outputs))
         return out

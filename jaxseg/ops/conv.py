@@ -18,6 +18,8 @@ def conv_general_dilated(
     padding: Sequence[tuple[int, int]],
     *,
     rhs_dilation: Sequence[int] | None = None,
+    lhs_dilation: Sequence[int] | None = None,
+    feature_group_count: int = 1,
     **options: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` for `flax.linen.Conv(conv_general_dilated=...)`, fast on small maps.
@@ -25,7 +27,14 @@ def conv_general_dilated(
     Where the result has at most 16 pixels, or the kernel is one pixel, it is one product of the
     patches [B, h, w, kh kw C] with the kernel, [kh kw C, O]; else XLA's convolution. Same values, same
     arguments as flax passes: [B, H, W, C], a kernel [kh, kw, C, O], explicit padding.
+
+    Raises:
+      ValueError: for groups of channels or a dilated input.
     """
+    if feature_group_count != 1 or any(rate != 1 for rate in lhs_dilation or ()):
+        raise ValueError(
+            f"feature_group_count is {feature_group_count}, lhs_dilation {lhs_dilation}: allowed is 1"
+        )
     batch, height, width, _ = lhs.shape
     kh, kw, _, features = rhs.shape
     dilation = tuple(rhs_dilation or (1, 1))

@@ -1,12 +1,13 @@
 """What is learned: a task makes parameters, and a loss of a batch.
 
-A task is any object with the four methods of `Task`. Adding one is a file here, a line in
-`jaxseg/experiment.py` and a config. Those that predict masks are `dense.DenseTask`s.
+A task is any object with the four methods of `Task`; CONTRIBUTING.md says where to register one. Those
+that predict masks are `dense.DenseTask`s, those that learn without labels are `PretextTask`s.
 """
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 
 
@@ -44,3 +45,19 @@ class Task(Protocol):
 
         `params` are those after the step, without the frozen ones.
         """
+
+
+class PretextTask(Task, Protocol):
+    """What learning without labels adds, so that `jaxseg/pretrain.py` can score it.
+
+    Attributes:
+      backbone: gives `cls` [B, D] of normalised images.
+
+    `loss` takes `train=` besides: False where held-out images are scored, which then depends on no
+    other image. Its statistics hold `scores`, scalars to report beside the loss.
+    """
+
+    backbone: nn.Module
+
+    def backbone_variables(self, params: Mapping[str, Any], extra: Any) -> dict[str, Any]:
+        """What `backbone.apply` takes of the network to be judged."""

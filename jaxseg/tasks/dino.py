@@ -37,6 +37,7 @@ class DinoTask:
       student_temperature: of the student's softmax.
       teacher_temperature, momentum: by step; the teacher is m teacher + (1 - m) student.
       center_momentum: the centre is m centre + (1 - m) batch mean.
+      statistics: running ones that the backbone starts from; empty for fresh ones.
 
     Batches hold `image` uint8 `B x H x W x 3`, `extent` int32 `B x 2` (the height and width of the
     part that is image), `row` and `valid`.
@@ -50,6 +51,7 @@ class DinoTask:
     teacher_temperature: Schedule
     momentum: Schedule
     center_momentum: float = 0.9
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def init(self, rng: jax.Array) -> Mapping[str, Any]:
         """Initialises the student, `{"backbone": ..., "head": ...}`."""
@@ -59,10 +61,10 @@ class DinoTask:
         return {"backbone": variables["params"], "head": head["params"]}
 
     def init_extra(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The teacher, equal to the student, a centre of zeros, and fresh statistics."""
+        """The teacher, equal to the student, a centre of zeros, and running statistics."""
         features = jnp.zeros((1, self.backbone.variant.dim))
         statistics = {
-            "backbone": initial_statistics(self.backbone, self._example()),
+            "backbone": self.statistics or initial_statistics(self.backbone, self._example()),
             "head": initial_statistics(self.head, features),
         }
         return {

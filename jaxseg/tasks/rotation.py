@@ -27,6 +27,7 @@ class RotationTask:
       backbone: gives `cls` [B, D] of normalised images.
       view: how an image is cropped before it is turned.
       normalization: a key of `segmenter.NORMALIZATIONS`.
+      statistics: running ones that the backbone starts from; empty for fresh ones.
 
     Batches are those of `DinoTask`.
     """
@@ -35,6 +36,7 @@ class RotationTask:
     view: View
     normalization: str
     head: nn.Module = nn.Dense(ROTATIONS)
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def init(self, rng: jax.Array) -> Mapping[str, Any]:
         """Initialises `{"backbone": ..., "head": ...}`."""
@@ -46,8 +48,9 @@ class RotationTask:
         }
 
     def init_extra(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh running statistics."""
-        return {"statistics": initial_statistics(self.backbone, self._example())}
+        """The running statistics."""
+        fresh = initial_statistics(self.backbone, self._example())
+        return {"statistics": self.statistics or fresh}
 
     def _example(self) -> jax.Array:
         return jnp.zeros((1, self.view.size, self.view.size, 3))
