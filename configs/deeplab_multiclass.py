@@ -61,7 +61,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
         config.augment.scale = (0.5, 2.0)
         config.optim.update(
-            name="sgd", lr=7e-3, schedule="poly", warmup=0.0, weight_decay=1e-4, average=0.0
+            name="sgd",
+            lr=7e-3,
+            schedule="poly",
+            warmup=0.0,
+            weight_decay=1e-4,
+            average=0.0,
+            clip_norm=0.0,
         )
         config.train.update(batch=16, epochs=0.0, steps=30000, eval_every=5000)
     if "finetune" in presets:

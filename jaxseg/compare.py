@@ -96,7 +96,7 @@ def _score(source, predictors: Mapping[str, Predictor], names: Sequence[str]):
     for index in range(len(source)):
         example = source[index]
         image, mask = example["image"], example["mask"]
-        masks = {n: p.mask(p(image)) for n, p in predictors.items()}
+        masks = {n: p.predict(image) for n, p in predictors.items()}
         everything = {f"always {names[constant]}": np.full_like(mask, constant), **masks}
         for name, prediction in everything.items():
             counts = count(prediction[None], mask[None], mask[None] != VOID, **options)

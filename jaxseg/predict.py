@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from PIL import Image
 from jaxseg.config import ConfigError
 from jaxseg.data import DataError, list_images, read_image, write_image, write_mask
 from jaxseg.data.large import LargeImage, NpyWriter, Overview, PngWriter, is_large
+from jaxseg.evaluate import dense
 from jaxseg.evaluate.palette import overlay_classes, palette
 from jaxseg.evaluate.report import overlay
 from jaxseg.evaluate.tiles import default_overlap, predict_tiles
-from jaxseg.run import Run, restore
+from jaxseg.run import Run, make_inference, restore
 from jaxseg.tasks.attention import AttentionTask
 from jaxseg.tasks.multiclass import background
 from jaxseg.tasks.segmentation import SegmentationTask
@@ -31,6 +32,8 @@ _MOST_ELONGATED = 4.0
 _ROUND_STRIDES = 2
 # Images with more pixels than this are predicted tile by tile.
 _LARGE = 64_000_000
+# Scores of a smaller image are brought to its size by bands of so many numbers.
+_BAND = 32_000_000
 
 
 def working_shape(
@@ -61,6 +64,7 @@ class Predictor:
       size: (H, W) of the images that the run was trained on.
       stride: of which the sides of images that the network sees are multiples.
       outputs: scores of a pixel, K.
+      empty: the mask value of the background, or None.
     """
 
     def __init__(self, run: Run):
@@ -68,8 +72,10 @@ class Predictor:
         # Images come one by one and in any shape, so one device does the work.
         self._device = jax.local_devices()[0]
         self.outputs = 1 if run.config.task == "segmentation" else len(run.task.names)
+        self.empty = background(tuple(run.task.names))
         self._params = jax.device_put(run.host(run.params), self._device)
         self._apply = jax.jit(self._scores)
+        self._inference = make_inference(run.config, self.stride) or dense.Inference()
 
     def _scores(self, params, image_BxHxWx3):
         return self._task.scores(self._task.logits(params, {"image": image_BxHxWx3})[0])
@@ -78,13 +84,30 @@ class Predictor:
         """Scores `B x H x W x K` in [0, 1] of uint8 images as they are; see `DenseTask.scores`."""
         return np.asarray(self._apply(self._params, jax.device_put(image_BxHxWx3, self._device)))
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Scores `H x W x K` of one uint8 image of any size, seen at about the trained size."""
+    def bands(self, image: np.ndarray) -> Iterator[np.ndarray]:
+        """Scores of one uint8 image `H x W x 3` of any size, seen at about the trained size.
+
+        In bands `rows x W x K` from the top, since all scores may take more memory than the image. They
+        are predicted as `config.eval` says: at several scales, mirrored, by windows.
+        """
         height, width = image.shape[:2]
         shape = working_shape(height, width, trained=self.size, stride=self.stride)
-        small = Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR)
-        scores = self.windows(np.asarray(small)[None])[0]
-        return _resized(scores.astype(np.float32), (height, width))
+        small = np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR))
+        scores = self._inference(self._unit_windows, small[None], stride=self.stride)[0]
+        planes = [Image.fromarray(plane) for plane in np.moveaxis(scores.astype(np.float32), -1, 0)]
+        rows = max(1, _BAND // (width * len(planes)))
+        for top in range(0, height, rows):
+            size = (width, min(rows, height - top))
+            # What is around the box is seen too: bands are those of the whole.
+            box = (0, top * shape[0] / height, shape[1], (top + size[1]) * shape[0] / height)
+            yield np.stack([p.resize(size, Image.Resampling.BILINEAR, box) for p in planes], -1)
+
+    def _unit_windows(self, image_BxHxWx3: np.ndarray) -> np.ndarray:
+        return self.windows(image_BxHxWx3 * np.float32(255.0))
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """The mask uint8 `H x W` of one uint8 image of any size."""
+        return np.concatenate([self.mask(scores) for scores in self.bands(image)])
 
     def mask(self, scores: np.ndarray) -> np.ndarray:
         """The mask uint8 `H x W` that scores stand for."""
@@ -107,15 +130,6 @@ class Predictor:
             return (mask == value).astype(np.uint8)
 
         return np.stack([one(value) for value in values], -1)
-
-
-def _resized(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`h x w x K` float32 to `H x W x K`, bilinearly."""
-    planes = [
-        Image.fromarray(scores[..., k]).resize(size[::-1], Image.Resampling.BILINEAR)
-        for k in range(scores.shape[-1])
-    ]
-    return np.stack([np.asarray(p) for p in planes], -1)
 
 
 def output_names(paths: list[Path]) -> list[str]:
@@ -227,23 +241,30 @@ def _predict_one(
     if is_large(path, _LARGE):
         return _predict_large(predictor, path, stem, masks, probabilities)
     image = read_image(path)
-    scores = predictor(image)
-    if probabilities:
-        with NpyWriter(_beside(stem, "probabilities.npy"), scores.shape, np.float16) as file:
-            file.write(scores.astype(np.float16))
-    found = predictor.masks(scores, list(masks.values()))
+    found = []
+    with contextlib.ExitStack() as files:
+        if probabilities:
+            shape = (*image.shape[:2], predictor.outputs)
+            target = _beside(stem, "probabilities.npy")
+            file = files.enter_context(NpyWriter(target, shape, np.float16))
+        for scores in predictor.bands(image):
+            found.append(predictor.masks(scores, list(masks.values())))
+            if probabilities:
+                file.write(scores.astype(np.float16))
+    found = np.concatenate(found)
     for number, (ending, value) in enumerate(masks.items()):
         if value is None:
             write_image(_beside(stem, ending), found[..., number], palette=palette())
         else:
             write_mask(_beside(stem, ending), found[..., number])
-    return _write_overlays(stem, image, found, masks)
+    return _write_overlays(stem, image, found, masks, predictor.empty)
 
 
 def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
     """The same for an image that may not fit in memory, by windows of the trained size.
 
-    Windows show the image's own pixels; the overlay is at most 2048 pixels long.
+    Windows show the image's own pixels, at one scale and not mirrored, whatever `config.eval` says; the
+    overlay is at most 2048 pixels long.
     """
     image = LargeImage(path)
     picture, small = Overview(image.size), [Overview(image.size) for _ in masks]
@@ -282,14 +303,18 @@ def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
             if probabilities:
                 scores.write(strip[..., len(masks) :])
     found = np.stack([overview.image() for overview in small], -1)
-    return _write_overlays(stem, picture.image(), found, masks)
+    return _write_overlays(stem, picture.image(), found, masks, predictor.empty)
 
 
-def _write_overlays(stem: Path, image: np.ndarray, found: np.ndarray, masks) -> list[Path]:
+def _write_overlays(
+    stem: Path, image: np.ndarray, found: np.ndarray, masks, clear: int | None
+) -> list[Path]:
     """Writes the overlay beside each mask (of `found` `H x W x masks`), and returns their paths."""
     for number, (ending, value) in enumerate(masks.items()):
         mask = found[..., number]
-        shown = overlay_classes(image, mask) if value is None else overlay(image, mask == 1)
+        shown = overlay(image, mask == 1)
+        if value is None:
+            shown = overlay_classes(image, mask, clear=clear)
         name = ending.replace("classes.png", "overlay.jpg").replace("mask.png", "overlay.jpg")
         write_image(_beside(stem, name), shown)
     return [_beside(stem, ending) for ending in masks]

@@ -20,6 +20,7 @@ from jaxseg.evaluate import dense, report
 from jaxseg.experiment import (
     Backbone,
     Reader,
+    check_batch,
     fit_prior,
     fit_task,
     frozen_paths,
@@ -57,7 +58,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     validate(config)
     folder.check(workdir, config)
-    _check_scored(config)
     _train(config, workdir)
     # From the checkpoint, as `--mode=eval` does it, so that the two cannot differ.
     return evaluate(workdir, {})
@@ -77,7 +77,12 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         class_weights=weights,
         statistics=backbone.statistics,
     )
-    _check_batch(config, task)
+    _check_scored(config, task)
+    norms = (jax.eval_shape(lambda: task.init_extra({})) or {}).get("batch_stats", {})
+    # Those of a backbone that is not trained as a whole rest.
+    check_batch(
+        config, batch_norm=bool(set(norms) - {"backbone"}) or model.trains_backbone and bool(norms)
+    )
     params, frozen = make_params(task, backbone, config)
     digest = params_digest({k: v for k, v in frozen.items() if k == "backbone"})
     description = folder.Description(
@@ -93,37 +98,24 @@ def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
         _train_in(workdir, config, task, source, params, frozen, digest)
 
 
-def _check_scored(config: ml_collections.ConfigDict) -> None:
-    """Looks at the images that are scored in the end before the first step, not hours after it.
+def _check_scored(config: ml_collections.ConfigDict, task: DenseTask) -> None:
+    """Looks before the first step at what is scored in the end, not hours after it.
 
     Raises:
-      DataError: there are none, or images and masks differ in size.
+      DataError: there are no images, or images and masks differ in size.
+      ConfigError: their classes are others than those of training, or `config.eval` does not fit.
     """
+    make_inference(config, task.model.stride)
     e = config.eval
     try:
         source = make_source(config, e.split, categories=tuple(e.get("categories", ())) or None)
         if hasattr(source, "sizes"):
             source.sizes()
+        fit_task(task, config, source)
     except DataError as error:
         raise DataError(
             f"config.eval.split={e.split!r}, to be scored in the end: {error}"
         ) from error
-
-
-def _check_batch(config: ml_collections.ConfigDict, task: DenseTask) -> None:
-    """Raises ConfigError where padding of the batch to the devices would change the result."""
-    batch, devices, parts = config.train.batch, jax.device_count(), config.train.accumulate
-    padded = -(-batch // devices) * devices
-    # Only batch norm keeps something beside the parameters.
-    if padded != batch and jax.eval_shape(lambda: task.init_extra({})):
-        raise ConfigError(
-            f"config.train.batch is {batch}; allowed with batch norm on {devices} devices: multiples "
-            f"of {devices} (padding would count in its statistics)"
-        )
-    if padded % parts:
-        raise ConfigError(
-            f"config.train.accumulate is {parts}; allowed on {devices} devices: divisors of {padded}"
-        )
 
 
 def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
@@ -140,7 +132,7 @@ def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
     learning_rate = optim.make_schedule(config.optim, schedule.steps, batch=config.train.batch)
     loop.Trainer(
         task=dataclasses.replace(task, augmentation=reader.augmentation),
-        optimizer=make_optimizer(config, task, learning_rate),
+        optimizer=make_optimizer(config, task, learning_rate, schedule.steps),
         learning_rate=learning_rate,
         schedule=schedule,
         mesh=mesh,
@@ -159,10 +151,10 @@ def _best_metric(config: ml_collections.ConfigDict) -> str:
     return "iou" if config.task == "segmentation" else "miou"
 
 
-def make_optimizer(config: ml_collections.ConfigDict, task: DenseTask, learning_rate):
-    """The optimiser of a run; see `optim.make_optimizer`."""
+def make_optimizer(config: ml_collections.ConfigDict, task: DenseTask, learning_rate, steps: int):
+    """The optimiser of a run of `steps`; see `optim.make_optimizer`."""
     layers = backbones.layers(task.model.backbone.variant)
-    return optim.make_optimizer(config.optim, learning_rate, layers=layers)
+    return optim.make_optimizer(config.optim, learning_rate, steps=steps, layers=layers)
 
 
 class Scorer:
@@ -193,9 +185,10 @@ class Scorer:
     ):
         source = make_source(config, split, categories=categories)
         self.task = fit_task(task, config, source)
-        self._reader = Reader(config, self.task, source, frozen=frozen, digest=digest, train=False)
         self._mesh = mesh
-        self._inference = _inference(config, self.task.model.stride)
+        self._inference = make_inference(config, self.task.model.stride)
+        options = dict(train=False, cache=self._inference is None)
+        self._reader = Reader(config, self.task, source, frozen=frozen, digest=digest, **options)
 
     def __call__(
         self, params: Mapping[str, Any], *, label: str
@@ -216,7 +209,7 @@ class Scorer:
         return list(dense.predictions(self.task, params, batches, **options))
 
 
-def _inference(config: ml_collections.ConfigDict, stride: int) -> dense.Inference | None:
+def make_inference(config: ml_collections.ConfigDict, stride: int) -> dense.Inference | None:
     """How the config wants images predicted in evaluation; None for once and whole."""
     if any(side % stride for side in config.eval.window):
         raise ConfigError(
@@ -328,7 +321,7 @@ def _abstract(config, task: DenseTask, mesh: Mesh) -> tuple[TrainState, Any]:
     """Shapes and shardings of (the state, the frozen parameters) of a config."""
     params = jax.eval_shape(task.init, jax.random.key(0))
     trained, frozen = split_params(params, frozen_paths(config, task.model.backbone.variant))
-    optimizer = make_optimizer(config, task, optim.make_schedule(config.optim, 1))
+    optimizer = make_optimizer(config, task, optim.make_schedule(config.optim, 1), 1)
     average = config.optim.average
     state = jax.eval_shape(lambda p: loop.make_state(task, p, optimizer, average), trained)
     layout = config.sharding.params

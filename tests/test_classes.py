@@ -100,7 +100,9 @@ def test_results_and_report(trained, kind):
 def test_the_best_checkpoint_is_that_of_the_mean_iou(trained, kind):
     workdir, result = trained[kind]
     best = run.evaluate(workdir, {"eval.report": False, "eval.checkpoint": "best"})
-    assert best["step"] in (2, 4)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["val_miou"] for row in rows if "val_miou" in row}
+    assert scores.keys() == {2, 4} and scores[best["step"]] == max(scores.values())
     assert run.evaluate(workdir, {"eval.report": False}) == result
 
 
@@ -140,8 +142,23 @@ def test_windows_scales_and_flips_are_averaged(trained):
     assert same["loss"] == pytest.approx(result["loss"], abs=1e-4)
     more = run.evaluate(workdir, quiet | {"eval.scales": (1.0, 1.5), "eval.flip": True})
     assert np.sum(more["confusion"]) == np.sum(result["confusion"])
-    assert more["loss"] != result["loss"]
+    mirrored = run.evaluate(workdir, quiet | {"eval.flip": True})
+    restored = run.restore(workdir, {})
+    predictor, confusion = predict.Predictor(restored), np.zeros((len(CLASSES),) * 2, int)
+    source = experiment.make_source(restored.config, "val")
+    for example in (source[i] for i in range(len(source))):
+        image, mask = example["image"][None], example["mask"]
+        both = predictor.windows(image) + predictor.windows(image[:, :, ::-1])[:, :, ::-1]
+        np.add.at(confusion, (mask[mask != 255], both[0].argmax(-1)[mask != 255]), 1)
+    assert mirrored["confusion"] == confusion.tolist()
     run.evaluate(workdir, quiet)
+
+
+def test_how_answers_follow_is_counted_by_windows_too(trained):
+    workdir, result = trained["attention"]
+    same = run.evaluate(workdir, {"eval.report": False, "eval.window": (32, 32)})
+    assert same["queries"] == pytest.approx(result["queries"], abs=1e-6)
+    run.evaluate(workdir, {"eval.report": False})
 
 
 def test_compare(trained, tmp_path):
@@ -223,6 +240,24 @@ def test_large_images_are_predicted_like_others(trained, data, tmp_path, monkeyp
     assert (tmp_path / "large" / "1_overlay.jpg").exists()
 
 
+def test_bands_are_those_of_the_whole(trained, monkeypatch):
+    restored = run.restore(trained["deeplab"][0], {"eval.flip": True})
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    predictor = predict.Predictor(restored)
+    (whole,) = predictor.bands(image)
+    monkeypatch.setattr(predict, "_BAND", 70 * 4 * 7)
+    bands = list(predictor.bands(image))
+    assert whole.shape == (50, 70, 4) and [len(b) for b in bands] == [7] * 7 + [1]
+    np.testing.assert_allclose(np.concatenate(bands), whole, atol=1e-6)
+    # Predicted as `config.eval` says: the mirrored image gets the mirrored scores, which it would not
+    # without the flip.
+    mirrored, straight = (
+        np.concatenate(list(predictor.bands(np.ascontiguousarray(x))))
+        for x in (image[:, ::-1], image)
+    )
+    np.testing.assert_allclose(mirrored[:, ::-1], straight, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -238,6 +273,21 @@ def test_large_images_are_predicted_like_others(trained, data, tmp_path, monkeyp
         ({"backbone.variant": "resnet18", "backbone.stride": 4}, r"allows \(8, 16, 32\)"),
         ({"loss.cross_entropy": 0.0}, "all of config.loss is 0"),
         ({"backbone.freeze": 1, "backbone.train": "none"}, "config.backbone.freeze is 1; with"),
+        (
+            {"eval.window": (20, 20)},
+            r"config.eval.window is \(20, 20\); allowed: multiples of .* 8",
+        ),
+        (
+            {"data.void": (3,), "data.name": "coco"},
+            r"data.void is \(3,\); allowed with .*'coco': \(\)",
+        ),
+        ({"data.classes": ("fish",), "data.name": "shapes", "data.root": ""}, "which has its own"),
+        ({"head.deeplabv3plus.rates": (0, 6)}, "rates is .*; allowed: whole numbers above 0"),
+        ({"head.deeplabv3plus.reduce": -1}, "reduce is -1; allowed: 0"),
+        (
+            {"backbone.norm": "group", "backbone.weights": "x"},
+            "norm is 'group'; allowed with config",
+        ),
         ({"head.deeplabv3plus.dropout": 2.0}, "config.head.deeplabv3plus.dropout is 2.0; allowed"),
     ],
 )

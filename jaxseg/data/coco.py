@@ -176,7 +176,7 @@ def _annotation_file(root: Path, split: str, annotations: str) -> Path:
             f"{root}: {len(found) or 'no'} annotation files of split {split!r}"
             f"{': ' if found else ''}{_listed([p.name for p in found])}. Expected is one "
             f"{' or '.join(pattern.format(split) for pattern in _FILES)} in it or in its folder "
-            f"annotations, or data.annotations; there are {_listed(_jsons(root)) or 'no JSON files'}"
+            f"annotations, or data.labels; there are {_listed(_jsons(root)) or 'no JSON files'}"
         )
     return found[0]
 

@@ -32,7 +32,7 @@ class LabelledFolder:
     without gaps (where void ids come last, nothing changes); void becomes 255, and 255 always is.
 
     Masks of one channel hold ids, those with a palette too (their colours do not matter). Masks in
-    colours need `root/palette.txt`, a line "r g b" of each id, or `colors`.
+    colours need `root/palette.txt`, a line "r g b" of each id.
 
     Args:
       root: the folder.
@@ -40,7 +40,6 @@ class LabelledFolder:
       classes: the names instead of those in classes.txt, also of ids 0, 1, 2, ...
       void: further ids of the files (0 to 65535) to be ignored.
       images, labels: what the two folders are called.
-      colors: (r, g, b) of ids 0, 1, 2, ... instead of palette.txt.
 
     Raises:
       DataError: if a folder is missing or empty, a split is unknown, the list of classes or colours is
@@ -59,7 +58,6 @@ class LabelledFolder:
         void: Sequence[int] = (),
         images: str = "images",
         labels: str = "labels",
-        colors: Sequence[Sequence[int]] = (),
     ):
         if not str(root):
             raise DataError("data.root is empty: name the folder that holds the images and labels")
@@ -79,7 +77,7 @@ class LabelledFolder:
         self._class_of = np.full(_IDS, -1, np.int16)
         self._class_of[kept] = np.arange(len(kept))
         self._class_of[sorted(self._void)] = VOID
-        self._colors = _colors(root, colors, self._class_of)
+        self._colors = _colors(root, self._class_of)
         self._sizes: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
@@ -115,7 +113,7 @@ class LabelledFolder:
         if self._colors is None:
             raise DataError(
                 f"{path} is in colour and no colours are given: allowed are masks of one channel that "
-                f"hold class ids, or list the colours in {_PALETTE} or data.colors"
+                f"hold class ids, or list the colours in {_PALETTE}"
             )
         codes, values = self._colors
         found = _codes(rgb)
@@ -125,7 +123,7 @@ class LabelledFolder:
             odd = [f"({c >> 16} {c >> 8 & 255} {c & 255})" for c in np.unique(found[wrong])]
             raise DataError(
                 f"{path}: colours {_listed(odd)} are not declared; allowed are the {len(codes)} of "
-                f"{_PALETTE} or data.colors{_lossy(path)}"
+                f"{_PALETTE}{_lossy(path)}"
             )
         return values[place]
 
@@ -212,12 +210,10 @@ def _void_ids(names: Sequence[str], void: Sequence[int]) -> set[int]:
     return {VOID, *void, *(i for i, name in enumerate(names) if name.lower() == "void")}
 
 
-def _colors(
-    root: Path, given: Sequence[Sequence[int]], class_of: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _colors(root: Path, class_of: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Colours as ascending 24-bit codes, and the mask value of each; None if there are none."""
-    where = "data.colors" if given else root / _PALETTE
-    rows = given or [re.split(r"[\s,]+", line) for line in _lines(root / _PALETTE)]
+    where = root / _PALETTE
+    rows = [re.split(r"[\s,]+", line) for line in _lines(where)]
     if not rows:
         return None
     try:

@@ -88,6 +88,17 @@ class Tfds:
                     f"{dataset}: {len(classes)} classes in data.classes, {len(self._ids)} values in "
                     f"data.tfds.ids, masks in {mask_key!r}; each class needs one value in the masks"
                 )
+            if len(classes) > VOID or len(set(classes)) < len(classes):
+                raise DataError(
+                    f"data.classes has {len(classes)} names, {len(set(classes))} of them different; allowed "
+                    f"are at most {VOID}, each once"
+                )
+            twice = {i for i in self._ids if self._ids.count(i) > 1 or i in (VOID, *self._void)}
+            if twice:
+                raise DataError(
+                    f"data.tfds.ids={self._ids} has {sorted(twice)}; allowed is each value once, and none "
+                    f"that is void ({VOID}, and data.tfds.void={self._void})"
+                )
             self.mask_names = tuple(classes)
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxseg import metrics
-from jaxseg.evaluate.inference import multi_scale, sliding_window
+from jaxseg.evaluate.inference import Predict, multi_scale, sliding_window
 from jaxseg.tasks.dense import DenseTask
 from jaxseg.train import partition
 from jaxseg.train.writers import Progress
@@ -31,6 +31,14 @@ class Inference:
     window: tuple[int, int] = (0, 0)
     overlap: float = 0.5
 
+    def __call__(self, predict: Predict, image_BxHxWx3: np.ndarray, *, stride: int) -> np.ndarray:
+        """The scores of images, from those of `predict`; see `evaluate.inference`."""
+        if tuple(self.window) != (0, 0):
+            options = dict(window=tuple(self.window), overlap=self.overlap)
+            predict = partial(sliding_window, predict, **options)
+        options = dict(scales=self.scales, flip=self.flip, multiple=stride)
+        return multi_scale(predict, image_BxHxWx3, **options)
+
     def scores(self, task: DenseTask, mesh: Mesh):
         """A function `(params, batch) -> scores B x H x W x K` of the batch's images, on the host."""
         score = jax.jit(
@@ -39,13 +47,8 @@ class Inference:
         )
 
         def scores(params, batch):
-            predict = partial(score, params)
-            if tuple(self.window) != (0, 0):
-                options = dict(window=tuple(self.window), overlap=self.overlap)
-                predict = partial(sliding_window, predict, **options)
             images = np.asarray(batch["image"])
-            options = dict(scales=self.scales, flip=self.flip, multiple=task.model.stride)
-            return multi_scale(predict, images, **options)
+            return self(partial(score, params), images, stride=task.model.stride)
 
         return scores
 

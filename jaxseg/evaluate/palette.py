@@ -22,7 +22,9 @@ def colorize(mask: np.ndarray) -> np.ndarray:
     return colors[mask]
 
 
-def overlay_classes(image: np.ndarray, mask: np.ndarray, *, opacity: float = 0.55) -> np.ndarray:
-    """The uint8 image with the colours of its classes; id 0 and void stay clear if 0 is black."""
+def overlay_classes(
+    image: np.ndarray, mask: np.ndarray, *, clear: int | None, opacity: float = 0.55
+) -> np.ndarray:
+    """The uint8 image with the colours of its classes; void and the id `clear` are left as they are."""
     tinted = (1 - opacity) * image + opacity * colorize(mask)
-    return np.where(((mask == 0) | (mask == 255))[..., None], image, tinted).astype(np.uint8)
+    return np.where(((mask == clear) | (mask == 255))[..., None], image, tinted).astype(np.uint8)

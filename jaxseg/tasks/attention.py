@@ -115,9 +115,9 @@ class AttentionTask(DenseTask):
         pixels = jnp.maximum(known.sum((1, 2)), 1)
         losses = -jnp.where(known, log_p, 0.0).sum((1, 2)) / pixels
         sums, images = class_counts(self.decide(logits), losses, batch, self.names)
-        if "answers" in aux:
-            sums |= answer_counts(aux["answers"] >= 0.5, mask, known, queries(self.names))
-        return sums, images
+        asked = jnp.asarray(queries(self.names))
+        answers = jnp.moveaxis(self.scores(logits)[..., asked], -1, 0) >= 0.5
+        return sums | answer_counts(answers, mask, known, queries(self.names)), images
 
     def summarize(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """See `jaxseg.multiclass_metrics.summarize`.

@@ -349,7 +349,7 @@ def test_where_files_are(tmp_path):
     with pytest.raises(DataError, match="2 folders of images of split 'train': images.train2014, "):
         Coco(tmp_path, "train")
     (tmp_path / "instances_train2014.json").write_text("{}")
-    with pytest.raises(DataError, match="2 annotation files of split 'train'.*or data.annotations"):
+    with pytest.raises(DataError, match="2 annotation files of split 'train'.*or data.labels"):
         Coco(tmp_path, "train")
 
 

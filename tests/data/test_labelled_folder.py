@@ -104,13 +104,19 @@ def test_class_lists(root):
     assert renamed.classes == ("street", "sky", "tree")
 
 
+def write_palette(root, colors=COLORS):
+    lines = (" ".join(str(value) for value in color) for color in colors)
+    (root / "palette.txt").write_text("\n".join(lines))
+
+
 def test_palettes_give_their_index(root):
     image = Image.fromarray(IDS.astype(np.uint8)).convert("P")
     image.putdata(IDS.ravel().tolist())
     image.putpalette([200, 100, 0] * 256)
     put(root / "train", "a", image)
     np.testing.assert_array_equal(LabelledFolder(root, "train")[0]["mask"], expected())
-    coloured = LabelledFolder(root, "train", colors=COLORS)
+    write_palette(root)
+    coloured = LabelledFolder(root, "train")
     np.testing.assert_array_equal(coloured[0]["mask"], expected())
 
 
@@ -127,15 +133,11 @@ def test_16_bit_and_1_bit_masks(root):
 def test_masks_in_colours(root):
     ids = np.where(IDS == 255, 3, IDS)
     put(root / "train", "a", Image.fromarray(np.array(COLORS, np.uint8)[ids]))
-    with pytest.raises(
-        DataError, match="a.png is in colour and no colours .*palette.txt or data.col"
-    ):
+    with pytest.raises(DataError, match="a.png is in colour and no colours .*palette.txt"):
         LabelledFolder(root, "train")[0]
-    given = LabelledFolder(root, "train", colors=COLORS)
-    np.testing.assert_array_equal(given[0]["mask"], np.where(ids == 3, 255, ids))
     (root / "palette.txt").write_text("10 0 0\n0, 20, 0\n0\t0\t30\n0 0 0\n")
     listed = LabelledFolder(root, "train")
-    np.testing.assert_array_equal(listed[0]["mask"], given[0]["mask"])
+    np.testing.assert_array_equal(listed[0]["mask"], np.where(ids == 3, 255, ids))
     np.testing.assert_array_equal(listed[1]["mask"], expected()[::-1])  # grey: ids
     odd = np.zeros((*SIZE, 3), np.uint8)
     odd[0, 0] = (1, 2, 3)
@@ -153,17 +155,19 @@ def test_masks_in_colours(root):
         ((*COLORS, (9, 9, 9)), "5 colours are for ids 0 to 4; .* or to be in data.void"),
         ((COLORS[1], *COLORS[1:]), "two classes have the same colour"),
         (((0, 0, 256), *COLORS[1:]), "three numbers from 0 to 255 each"),
-        (((0, 0), *COLORS[1:]), "data.colors: colours must be three"),
-        ((("a", 0, 0), *COLORS[1:]), "data.colors: colours must be three whole numbers"),
+        (((0, 0), *COLORS[1:]), "palette.txt: colours must be three"),
+        ((("a", 0, 0), *COLORS[1:]), "palette.txt: colours must be three whole numbers"),
     ],
 )
 def test_wrong_colours(root, colors, message):
+    write_palette(root, colors)
     with pytest.raises(DataError, match=message):
-        LabelledFolder(root, "train", colors=colors)
+        LabelledFolder(root, "train")
 
 
 def test_void_ids_may_share_a_colour(root):
-    source = LabelledFolder(root, "train", void=(4,), colors=(*COLORS, COLORS[3]))
+    write_palette(root, (*COLORS, COLORS[3]))
+    source = LabelledFolder(root, "train", void=(4,))
     assert source.classes == ("road", "sky", "tree")
 
 

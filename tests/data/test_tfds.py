@@ -127,6 +127,11 @@ def test_several_classes(root):
         data.create("tfds", "train", **options)[0]
     with pytest.raises(DataError, match="2 classes in data.classes, 1 values in data.tfds.ids"):
         data.create("tfds", "train", **options, ids=(1,))
+    for ids in ((1, 1), (1, 255)):
+        with pytest.raises(DataError, match="data.tfds.ids=.*allowed is each value once, and none"):
+            data.create("tfds", "train", **options, ids=ids)
+    with pytest.raises(DataError, match="2 names, 1 of them different; allowed are at most 255"):
+        data.create("tfds", "train", **options | {"classes": ("a", "a")}, ids=(1, 2))
 
 
 def test_truncated_images_are_errors(root):

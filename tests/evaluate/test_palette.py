@@ -17,5 +17,7 @@ def test_void_is_drawn_and_background_stays_clear():
     mask = np.array([[0, 1, 255]], np.uint8)
     assert tuple(colorize(mask)[0, 2]) == (224, 224, 192)
     image = np.full((1, 3, 3), 100, np.uint8)
-    shown = overlay_classes(image, mask, opacity=1.0)
+    shown = overlay_classes(image, mask, clear=0, opacity=1.0)
     np.testing.assert_array_equal(shown[0], [[100] * 3, [128, 0, 0], [100] * 3])
+    everything = overlay_classes(image, mask, clear=None, opacity=1.0)
+    np.testing.assert_array_equal(everything[0], [[0] * 3, [128, 0, 0], [100] * 3])
