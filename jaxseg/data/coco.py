@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxseg.data.folder import _listed
+from jaxseg.data.folder import listed
 from jaxseg.data.images import VOID, DataError, image_size, read_image
 from jaxseg.data.polygons import Region, fill, polygon, run_lengths, runs_region
 
@@ -167,16 +167,16 @@ def _annotation_file(root: Path, split: str, annotations: str) -> Path:
     if annotations:
         file = root / annotations.replace("{split}", split)
         if not file.is_file():
-            raise DataError(f"{file}: no such annotation file; it holds {_listed(_jsons(root))}")
+            raise DataError(f"{file}: no such annotation file; it holds {listed(_jsons(root))}")
         return file
     names = [f + p.format(glob.escape(split)) for f in ("", "annotations/") for p in _FILES]
     found = [path for name in names for path in sorted(root.glob(name))]
     if len(found) != 1:
         raise DataError(
             f"{root}: {len(found) or 'no'} annotation files of split {split!r}"
-            f"{': ' if found else ''}{_listed([p.name for p in found])}. Expected is one "
+            f"{': ' if found else ''}{listed([p.name for p in found])}. Expected is one "
             f"{' or '.join(pattern.format(split) for pattern in _FILES)} in it or in its folder "
-            f"annotations, or data.labels; there are {_listed(_jsons(root)) or 'no JSON files'}"
+            f"annotations, or data.labels; there are {listed(_jsons(root)) or 'no JSON files'}"
         )
     return found[0]
 
@@ -197,7 +197,7 @@ def _image_folder(root: Path, split: str, images: str, file: Path) -> Path:
     if len(exact or found) != 1:
         raise DataError(
             f"{root}: {len(found) or 'no'} folders of images of split {split!r}"
-            f"{': ' if found else ''}{_listed([str(p.relative_to(root)) for p in found])}. Expected "
+            f"{': ' if found else ''}{listed([str(p.relative_to(root)) for p in found])}. Expected "
             f"is one {split}*, images/{split}* or imgs/{split}*, or data.images"
         )
     return (exact or found)[0]
@@ -220,7 +220,7 @@ def _names(content: Any, file: Path) -> dict[int, str]:
     names = dict(sorted((int(c["id"]), str(c["name"])) for c in content["categories"]))
     double = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
     if double or len(names) < len(content["categories"]):
-        raise DataError(f"{file}: categories share an id or a name ({_listed(double)})")
+        raise DataError(f"{file}: categories share an id or a name ({listed(double)})")
     return names
 
 
@@ -230,8 +230,8 @@ def _chosen(names: dict[int, str], wanted: Sequence[str], file: Path) -> tuple[s
     chosen = chosen[1:] if chosen[:1] == (BACKGROUND,) else chosen
     unknown = [name for name in chosen if name not in known]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
-        what = f"has no class {_listed(unknown)}" if unknown else "needs each class once"
-        raise DataError(f"{file} {what}; available: {_listed(known, 100)}")
+        what = f"has no class {listed(unknown)}" if unknown else "needs each class once"
+        raise DataError(f"{file} {what}; available: {listed(known, 100)}")
     if len(chosen) > _MOST:
         raise DataError(
             f"{file}: {len(chosen)} classes; allowed are {_MOST} beside background and void: name "
@@ -265,7 +265,7 @@ def _annotate(images: dict[Any, _Image], labels: dict[int, int], content: Any, f
             if image_id not in images:
                 raise ValueError(f"unknown image id {image_id!r}: the file lists no such image")
             if category not in labels:
-                known = _listed([str(i) for i in labels], 100)
+                known = listed([str(i) for i in labels], 100)
                 raise ValueError(f"unknown category id {category!r}: the file's are {known}")
             if labels[category]:
                 image = images[image_id]
@@ -333,5 +333,5 @@ def _check_files(folder: Path, names: Sequence[str], file: Path) -> None:
     if missing:
         raise DataError(
             f"{file}: {len(missing)} of the {len(names)} images that it lists are missing: "
-            f"{_listed(missing)}"
+            f"{listed(missing)}"
         )

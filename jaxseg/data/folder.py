@@ -30,7 +30,7 @@ _LAYOUTS = (
 )
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     name: str
     image: Path
     mask: Path
@@ -79,13 +79,13 @@ class Folder:
         self._sizes: list[tuple[int, int]] | None = None
         if "images" in found and not set(SPLITS) & set(found):
             self.categories = _chosen(["object"], categories, root)
-            self._pairs = _hash_split(_pairs(root, "", 0), split, root)
+            self._pairs = hash_split(_pairs(root, "", 0), split, root)
             return
         if split not in found:
             splits = [name for name in found if name in SPLITS]
             if not splits:
-                raise DataError(f"{root} holds {_listed(found)}; allowed layouts: {_LAYOUTS}")
-            raise DataError(f"{root} has no split {split!r}: it has {_listed(splits)}")
+                raise DataError(f"{root} holds {listed(found)}; allowed layouts: {_LAYOUTS}")
+            raise DataError(f"{root} has no split {split!r}: it has {listed(splits)}")
         inside = _subfolders(root / split)
         if "images" in inside:
             self.categories = _chosen(["object"], categories, root / split)
@@ -129,7 +129,7 @@ class Folder:
         """Returns every (height, width), from the headers, and checks that masks have the same."""
         if self._sizes is None:
             with ThreadPoolExecutor(16) as pool:
-                self._sizes = list(pool.map(_pair_size, self._pairs))
+                self._sizes = list(pool.map(pair_size, self._pairs))
         return self._sizes
 
 
@@ -172,29 +172,36 @@ def _subfolders(path: Path) -> list[str]:
 def _chosen(available: Sequence[str], wanted: Sequence[str], path: Path) -> tuple[str, ...]:
     unknown = sorted(set(wanted) - set(available))
     if unknown:
-        raise DataError(
-            f"{path} has no category {_listed(unknown)}; available: {_listed(available)}"
-        )
+        raise DataError(f"{path} has no category {listed(unknown)}; available: {listed(available)}")
     return tuple(sorted(set(wanted)) if wanted else available)
 
 
-def _pairs(folder: Path, prefix: str, category: int) -> list[_Pair]:
+def _pairs(folder: Path, prefix: str, category: int) -> list[Pair]:
     """Matches `folder/images` with its masks by stem, sorted by name."""
-    images = _by_stem(folder / "images")
     masks_folder = next((folder / m for m in _MASK_FOLDERS if (folder / m).is_dir()), None)
     if masks_folder is None:
-        raise DataError(f"{folder} has no folder of masks; allowed names: {_listed(_MASK_FOLDERS)}")
-    masks = _by_stem(masks_folder)
+        raise DataError(f"{folder} has no folder of masks; allowed names: {listed(_MASK_FOLDERS)}")
+    pairs = pair_stems(folder / "images", masks_folder)
+    return [Pair(prefix + stem, image, mask, category) for stem, image, mask in pairs]
+
+
+def pair_stems(images_folder: Path, masks_folder: Path) -> list[tuple[str, Path, Path]]:
+    """(stem, image, mask) for every image, by stem; masks without an image are ignored with a warning.
+
+    Raises:
+      DataError: a folder holds no images, a stem occurs twice, or an image has no mask.
+    """
+    images, masks = _by_stem(images_folder), _by_stem(masks_folder)
     alone = [images[stem].name for stem in images if stem not in masks]
     if alone:
         raise DataError(
-            f"{folder / 'images'}: {len(alone)} of {len(images)} images have no mask of the same "
-            f"stem in {masks_folder}: {_listed(alone)}"
+            f"{images_folder}: {len(alone)} of {len(images)} images have no mask of the same stem in "
+            f"{masks_folder}: {listed(alone)}"
         )
     extra = [masks[stem].name for stem in masks if stem not in images]
     if extra:
-        _LOG.warning("%s: masks without image, ignored: %s", masks_folder, _listed(extra))
-    return [_Pair(prefix + stem, images[stem], masks[stem], category) for stem in sorted(images)]
+        _LOG.warning("%s: masks without image, ignored: %s", masks_folder, listed(extra))
+    return [(stem, images[stem], masks[stem]) for stem in sorted(images)]
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -213,11 +220,11 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return stems
 
 
-def _hash_split(pairs: list[_Pair], split: str, root: Path) -> list[_Pair]:
+def hash_split(pairs: list[Pair], split: str, root: Path) -> list[Pair]:
     """Keeps one split. By rank of the hash, so that each split has its share even of ten images."""
     if len(pairs) < len(SPLITS):
         raise DataError(
-            f"{root}: {len(pairs)} images cannot be split into {_listed(SPLITS)}: "
+            f"{root}: {len(pairs)} images cannot be split into {listed(SPLITS)}: "
             f"give three or more, or make the folders {root}/train and {root}/test"
         )
     ranked = sorted(pairs, key=lambda pair: hashlib.sha256(pair.name.encode()).digest())
@@ -226,11 +233,11 @@ def _hash_split(pairs: list[_Pair], split: str, root: Path) -> list[_Pair]:
     return sorted(parts[split])
 
 
-def _pair_size(pair: _Pair) -> tuple[int, int]:
+def pair_size(pair: Pair) -> tuple[int, int]:
     size = image_size(pair.image)
     check_sizes(pair.image, size, pair.mask, image_size(pair.mask))
     return size
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
+def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

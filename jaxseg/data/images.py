@@ -48,7 +48,7 @@ def read_image(path: str | os.PathLike, stream: IO[bytes] | None = None) -> np.n
     Raises:
       DataError: if the file is missing, truncated, no image, or of float pixels.
     """
-    return _read(path, to_rgb, stream)
+    return decode(path, to_rgb, stream)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -80,7 +80,7 @@ def read_mask(
     Raises:
       DataError: if the file is unreadable or holds other values.
     """
-    raw = _read(path, lambda image: to_values(image, path))
+    raw = decode(path, lambda image: to_values(image, path))
     return binary_mask(raw, path, values=values, threshold=threshold)
 
 
@@ -152,7 +152,7 @@ def write_image(
         raise
 
 
-def _read(path, convert, stream=None) -> np.ndarray:
+def decode(path, convert, stream=None) -> np.ndarray:
     """Opens, turns upright and converts; whatever goes wrong on the way names the file."""
     with opened(path, stream) as image:
         turn = _TRANSPOSES.get(_orientation(image))

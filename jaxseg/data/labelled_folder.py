@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxseg.data.folder import SPLITS, _by_stem, _hash_split, _listed, _Pair, _pair_size
-from jaxseg.data.images import VOID, DataError, _read, check_sizes, read_image, to_values
+from jaxseg.data.folder import SPLITS, Pair, hash_split, listed, pair_size, pair_stems
+from jaxseg.data.images import VOID, DataError, check_sizes, decode, read_image, to_values
 
 _LOG = logging.getLogger(__name__)
 _CLASSES, _PALETTE = "classes.txt", "palette.txt"
@@ -71,7 +71,7 @@ class LabelledFolder:
         self.classes = self.mask_names = tuple(names[i] for i in kept)
         if not 0 < len(kept) <= _MOST or len(set(self.classes)) < len(kept):
             raise DataError(
-                f"{root}: {len(kept)} classes ({_listed(self.classes)}); allowed are 1 to {_MOST} "
+                f"{root}: {len(kept)} classes ({listed(self.classes)}); allowed are 1 to {_MOST} "
                 "different names that are not void"
             )
         self._class_of = np.full(_IDS, -1, np.int16)
@@ -87,7 +87,7 @@ class LabelledFolder:
         """Reads one: image uint8 HxWx3, mask uint8 HxW of class ids (255: void), category 0, name."""
         pair = self._pairs[index]
         image = read_image(pair.image)
-        mask = _read(pair.mask, lambda opened: self._mask(opened, pair.mask))
+        mask = decode(pair.mask, lambda opened: self._mask(opened, pair.mask))
         check_sizes(pair.image, image.shape[:2], pair.mask, mask.shape)
         return {"image": image, "mask": mask, "category": 0, "name": pair.name}
 
@@ -95,7 +95,7 @@ class LabelledFolder:
         """Returns every (height, width), from the headers, and checks that masks have the same."""
         if self._sizes is None:
             with ThreadPoolExecutor(16) as pool:
-                self._sizes = list(pool.map(_pair_size, self._pairs))
+                self._sizes = list(pool.map(pair_size, self._pairs))
         return self._sizes
 
     def _mask(self, image: Image.Image, path: Path) -> np.ndarray:
@@ -122,7 +122,7 @@ class LabelledFolder:
         if wrong.any():
             odd = [f"({c >> 16} {c >> 8 & 255} {c & 255})" for c in np.unique(found[wrong])]
             raise DataError(
-                f"{path}: colours {_listed(odd)} are not declared; allowed are the {len(codes)} of "
+                f"{path}: colours {listed(odd)} are not declared; allowed are the {len(codes)} of "
                 f"{_PALETTE}{_lossy(path)}"
             )
         return values[place]
@@ -130,7 +130,7 @@ class LabelledFolder:
     def _undeclared(self, path: Path, ids: list[int]) -> str:
         declared = np.flatnonzero(self._class_of >= 0).tolist()
         return (
-            f"{path}: ids {_listed([str(i) for i in ids])} are not declared; allowed are "
+            f"{path}: ids {listed([str(i) for i in ids])} are not declared; allowed are "
             f"{_ranges([i for i in declared if i not in self._void])} ({len(self.classes)} classes) and "
             f"{_ranges(sorted(self._void))} (void). Name them in {_CLASSES} or data.classes, or add "
             f"them to data.void to ignore them{_lossy(path)}"
@@ -143,51 +143,36 @@ def _lossy(path: Path) -> str:
     return "; JPEG does not keep a mask's values: save it as PNG"
 
 
-def _split_pairs(root: Path, split: str, images: str, labels: str) -> list[_Pair]:
+def _split_pairs(root: Path, split: str, images: str, labels: str) -> list[Pair]:
     layouts = f"<split>/{images} + {labels}, or {images} + {labels} (<split> is train, val or test)"
     if not root.is_dir():
         raise DataError(f"{root}: no such data folder; expected in it is {layouts}")
     found = [name for name in SPLITS if (root / name).is_dir()]
     if found and split not in found:
-        raise DataError(f"{root} has no split {split!r}: it has {_listed(found)}")
+        raise DataError(f"{root} has no split {split!r}: it has {listed(found)}")
     if not found and not (root / images).is_dir():
         inside = sorted(p.name for p in root.iterdir() if p.is_dir()) or ["no folders"]
-        raise DataError(f"{root} holds {_listed(inside)}; allowed layouts: {layouts}")
-    pairs = _pairs(root / split if found else root, images, labels)
-    return pairs if found else _hash_split(pairs, split, root)
-
-
-def _pairs(folder: Path, images: str, labels: str) -> list[_Pair]:
-    pictures, masks = _by_stem(folder / images), _by_stem(folder / labels)
-    alone = [pictures[stem].name for stem in pictures if stem not in masks]
-    if alone:
-        raise DataError(
-            f"{folder / images}: {len(alone)} of {len(pictures)} images have no mask of the same stem "
-            f"in {folder / labels}: {_listed(alone)}"
-        )
-    extra = [masks[stem].name for stem in masks if stem not in pictures]
-    if extra:
-        _LOG.warning("%s: masks without image, ignored: %s", folder / labels, _listed(extra))
-    return [_Pair(stem, pictures[stem], masks[stem], 0) for stem in sorted(pictures)]
+        raise DataError(f"{root} holds {listed(inside)}; allowed layouts: {layouts}")
+    inside = root / split if found else root
+    pairs = [Pair(*pair, 0) for pair in pair_stems(inside / images, inside / labels)]
+    return pairs if found else hash_split(pairs, split, root)
 
 
 def _names(root: Path, given: tuple[str, ...]) -> tuple[str, ...]:
     """The names of ids 0, 1, 2, ..., void ones among them."""
-    listed = tuple(_lines(root / _CLASSES))
-    if not listed and not given:
+    lines = tuple(_lines(root / _CLASSES))
+    if not lines and not given:
         state = "is empty" if (root / _CLASSES).exists() else "is missing"
         raise DataError(
             f"{root / _CLASSES} {state}: name the classes in it, one a line, or in data.classes"
         )
-    moved = [
-        name for i, name in enumerate(given) if name in listed and listed[i : i + 1] != (name,)
-    ]
+    moved = [name for i, name in enumerate(given) if name in lines and lines[i : i + 1] != (name,)]
     if moved:
         raise DataError(
-            f"data.classes names ids 0, 1, 2, ... and has {_listed(moved)} in other places than "
-            f"{root / _CLASSES}, where they are ids {', '.join(str(listed.index(n)) for n in moved)}"
+            f"data.classes names ids 0, 1, 2, ... and has {listed(moved)} in other places than "
+            f"{root / _CLASSES}, where they are ids {', '.join(str(lines.index(n)) for n in moved)}"
         )
-    return given or listed
+    return given or lines
 
 
 def _lines(file: Path) -> list[str]:
@@ -206,7 +191,7 @@ def _lines(file: Path) -> list[str]:
 def _void_ids(names: Sequence[str], void: Sequence[int]) -> set[int]:
     wrong = [str(i) for i in void if not isinstance(i, int) or not 0 <= i < _IDS]
     if wrong:
-        raise DataError(f"data.void has {_listed(wrong)}; allowed are ids from 0 to {_IDS - 1}")
+        raise DataError(f"data.void has {listed(wrong)}; allowed are ids from 0 to {_IDS - 1}")
     return {VOID, *void, *(i for i, name in enumerate(names) if name.lower() == "void")}
 
 

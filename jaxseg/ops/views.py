@@ -70,6 +70,11 @@ class View:
         need("hue", 0 <= self.hue <= 0.5, "0 to 0.5")
 
 
+def example_keys(rng: jax.Array, row_B: jax.Array) -> jax.Array:
+    """Two keys for each example, [B, 2], that follow from its place in the global batch."""
+    return jax.vmap(lambda row: jax.random.split(jax.random.fold_in(rng, row)))(row_B)
+
+
 def crop_box(
     key: jax.Array, extent: jax.Array, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxseg.losses.dino import dino_loss, teacher_probabilities
 from jaxseg.models.backbones import initial_statistics
 from jaxseg.models.projection import ProjectionHead
 from jaxseg.models.segmenter import normalize
-from jaxseg.ops.views import View, draw_views
+from jaxseg.ops.views import View, draw_views, example_keys
 
 Schedule = Callable[[jax.Array], jax.Array | float]
 GLOBAL_VIEWS = 2
@@ -136,7 +136,7 @@ class DinoTask:
         In evaluation there is no stochastic depth, and batch norm uses its running statistics; the
         views are drawn all the same.
         """
-        keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(rng, row)))(batch["row"])
+        keys = example_keys(rng, batch["row"])
         extent = jnp.maximum(batch["extent"], 1)  # 0 in padding, where it would make NaN
         views = draw_views(keys[:, 0], batch["image"], extent, self.views)
         teacher, features, teacher_statistics = self.project(

@@ -11,7 +11,7 @@ import optax
 
 from jaxseg.models.backbones import initial_statistics
 from jaxseg.models.segmenter import normalize
-from jaxseg.ops.views import View, center_crops, draw_views
+from jaxseg.ops.views import View, center_crops, draw_views, example_keys
 
 ROTATIONS = 4
 
@@ -69,7 +69,7 @@ class RotationTask:
 
         In evaluation the crop is the central square, and batch norm uses its running statistics.
         """
-        keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(rng, row)))(batch["row"])
+        keys = example_keys(rng, batch["row"])
         extent = jnp.maximum(batch["extent"], 1)  # 0 in padding, where it would make NaN
         if train:
             (view,) = draw_views(keys[:, 0], batch["image"], extent, [self.view])
