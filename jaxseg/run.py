@@ -349,7 +349,8 @@ def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         mesh=run.mesh,
     )
     metrics, images = score(run.params, label="evaluate")
-    result = {"step": run.step, "split": config.eval.split, **metrics}
+    size = list(score.task.size)  # of images and masks, which need not be the files' own
+    result = {"step": run.step, "split": config.eval.split, "scored_size": size, **metrics}
     if jax.process_index() == 0:
         write_json(workdir / "eval.json", result)
         print(_summary(result), flush=True)
