@@ -1,5 +1,6 @@
-"""Twenty SIGKILLs at random moments leave the run bit-identical to one that was left alone."""
+"""Twenty SIGKILLs (`JAXSEG_KILLS`) at random moments leave a run bit-identical to one left alone."""
 
+import os
 import random
 import signal
 import subprocess
@@ -26,7 +27,7 @@ COMMANDS = {
         *tiny_arguments(DINO_OVERRIDES, train__steps=400, train__checkpoint_every=10),
     ],
 }
-KILLS = 20
+KILLS = int(os.environ.get("JAXSEG_KILLS", "20"))  # every start takes seconds: CI has fewer
 
 
 def _start(workdir, command):

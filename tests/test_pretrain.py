@@ -191,6 +191,7 @@ def test_unlabelled_images_have_no_knn(tmp_path):
     assert "knn" not in result and np.isfinite(result["rankme"])
 
 
+@pytest.mark.slow
 def test_a_folder_without_splits_trains_and_says_that_it_is_not_scored(tmp_path, caplog):
     (tmp_path / "images").mkdir()
     for i in range(4):
@@ -247,6 +248,7 @@ def test_crops_must_fit_the_patches_of_the_weights():
     check_crops(config, BACKBONES["dinov2_vits14"])
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     arguments = tiny_arguments(DINO_OVERRIDES, train__steps=2)
     done = run_main("--config=configs/dino.py:small_batch", f"--workdir={tmp_path}", *arguments)

@@ -18,7 +18,7 @@ def test_reference():
         for i in (0, 2, 4)
     }
     params["last_layer_v"] = golden["head.last_layer.weight_v"].T
-    params["last_layer_g"] = golden["head.last_layer.weight_g"][:, 0]
+    params["last_layer_g"] = golden["head.last_layer.weight_g"].T
     head = ProjectionHead(64, hidden=64, bottleneck=32, norm_last_layer=False)
     found = head.apply({"params": params}, jnp.asarray(golden["head_in"]))
     np.testing.assert_allclose(found, golden["head_out"], atol=1e-5)

