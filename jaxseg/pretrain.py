@@ -287,11 +287,12 @@ def knn_reference(
         )
         return None
     reference = make_source(config, config.eval.train_split)
-    here, there = set(held_out.categories), set(reference.categories)
-    if here != there:
+    if tuple(held_out.categories) != tuple(reference.categories):
+        here, there = set(held_out.categories), set(reference.categories)
         raise DataError(
             f"the classes of the splits {config.eval.split} and {config.eval.train_split} must be the "
-            f"same: only the one has {sorted(here - there)}, only the other {sorted(there - here)}"
+            f"same, in the same order: only the one has {sorted(here - there)}, only the other "
+            f"{sorted(there - here)}"
         )
     return reference
 
@@ -330,7 +331,7 @@ class Judge:
         self._held_out = Reader(config, held_out, size)
         self.classes = tuple(held_out.categories)
         reference = knn_reference(config, held_out)
-        self._reference = reference and Reader(config, reference, size)
+        self._reference = None if reference is None else Reader(config, reference, size)
         self._embed = features.Gatherer(make_embedding(config, task.backbone), mesh)
         rng = jax.random.key(config.seed)
 
