@@ -181,6 +181,8 @@ def make_source(
     if name == "coco":
         options = dict(classes=_names(data.classes), annotations=data.labels, images=data.images)
         options |= dict(overlap=data.overlap, crowd=data.crowd)
+    if name == "images" and tuple(data.size) != (0, 0):
+        options = dict(at_least=tuple(data.size))
     if name in sources.DRAWN:
         options = dict(size=tuple(data.size)) if tuple(data.size) != (0, 0) else {}
         options |= dict(length=data.length) if data.length and split == "train" else {}

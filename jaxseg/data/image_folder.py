@@ -27,18 +27,26 @@ class Images:
       root: folder or zip file. `{split}` in it stands for the name of the split.
       split: "train", "val" or "test".
       categories: classes to read; empty for all.
+      at_least: (height, width) that large JPEGs may be shrunk to in decoding, see `read_image`.
 
     Raises:
       DataError: no such file or folder, no images, an unknown split or class.
     """
 
-    def __init__(self, root: str | Path, split: str, *, categories: Sequence[str] = ()):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        categories: Sequence[str] = (),
+        at_least: tuple[int, int] | None = None,
+    ):
         if not str(root):
             raise DataError("data.root is empty: name the folder or zip file that holds the images")
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
         self._root = Path(str(root).replace("{split}", split)).expanduser()
-        self._lock, self._zip = threading.Lock(), None
+        self._lock, self._zip, self._at_least = threading.Lock(), None, at_least
         names = sorted(self._list())
         if not names:
             raise DataError(f"{self._root} holds no images; suffixes are {' '.join(SUFFIXES)}")
@@ -100,9 +108,10 @@ class Images:
         """Reads one image: image uint8 HxWx3, category (-1 for none), name."""
         name, category = self._items[index]
         if self._root.is_dir():
-            image = read_image(self._root / name)
+            image = read_image(self._root / name, at_least=self._at_least)
         else:
-            image = read_image(f"{self._root}/{name}", io.BytesIO(self._bytes(name)))
+            stream = io.BytesIO(self._bytes(name))
+            image = read_image(f"{self._root}/{name}", stream, at_least=self._at_least)
         return {"image": image, "category": category, "name": name}
 
     def _bytes(self, name: str) -> bytes:

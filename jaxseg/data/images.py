@@ -1,6 +1,7 @@
 """Image files become uint8 RGB, binary masks {0, 1, 255}, whatever form they are stored in."""
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +38,12 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def read_image(path: str | os.PathLike, stream: IO[bytes] | None = None) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike,
+    stream: IO[bytes] | None = None,
+    *,
+    at_least: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Reads a picture as uint8 HxWx3 RGB, upright (EXIF orientation applied).
 
     From the file, or from a `stream` of its bytes; then `path` is its name in messages.
@@ -45,10 +51,14 @@ def read_image(path: str | os.PathLike, stream: IO[bytes] | None = None) -> np.n
     Grey is repeated, 16-bit is scaled to 8-bit, CMYK and palettes are converted, and transparent
     pixels are laid over mid-grey. Of several frames the first is read.
 
+    With `at_least` = (height, width) a JPEG may come out at 1/2, 1/4 or 1/8 of its size, the smallest
+    that is no smaller than what fits into it: half the time for a photo of twice the size, a tenth
+    for one from a phone.
+
     Raises:
       DataError: if the file is missing, truncated, no image, or of float pixels.
     """
-    return decode(path, to_rgb, stream)
+    return decode(path, to_rgb, stream, at_least)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -152,10 +162,16 @@ def write_image(
         raise
 
 
-def decode(path, convert, stream=None) -> np.ndarray:
+def decode(path, convert, stream=None, at_least=None) -> np.ndarray:
     """Opens, turns upright and converts; whatever goes wrong on the way names the file."""
     with opened(path, stream) as image:
-        turn = _TRANSPOSES.get(_orientation(image))
+        orientation = _orientation(image)
+        if at_least is not None:
+            height, width = at_least[::-1] if orientation in (5, 6, 7, 8) else at_least
+            scale = min(height / image.height, width / image.width)
+            # Only JPEG's decoder can leave out frequencies; for others this does nothing.
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        turn = _TRANSPOSES.get(orientation)
         return convert(image if turn is None else image.transpose(turn))
 
 

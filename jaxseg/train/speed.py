@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 
+# Products in cuDNN's attention, less those that the backward pass repeats to save memory.
+_FUSED_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
+
+
 def best_seconds(function: Callable[..., Any], *arguments: Any, repeats: int) -> float:
     """The least time of `repeats` calls, after one that compiles."""
     jax.block_until_ready(function(*arguments))
@@ -51,6 +55,9 @@ def _flops(jaxpr: core.Jaxpr) -> float:
             kernel, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
             each = math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(result) * each / params["batch_group_count"]
+        elif name in _FUSED_ATTENTION:
+            queries, keys = (v.aval.shape for v in equation.invars[:2])  # [B, N, heads, d]
+            total += 2.0 * _FUSED_ATTENTION[name] * math.prod(queries) * keys[1]
         else:
             inner = [_flops(j) for j in core.jaxprs_in_params(params)]
             # One branch of a condition runs, also where the platform decides which.

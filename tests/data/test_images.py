@@ -58,6 +58,28 @@ def test_one_bit(tmp_path):
     np.testing.assert_array_equal(read_mask(path), [[0, 1]])
 
 
+@pytest.mark.parametrize(
+    "at_least, size",
+    [((300, 400), (300, 400)), ((299, 399), (300, 400)), ((200, 200), (150, 200))]
+    + [((100, 400), (150, 200)), ((75, 100), (75, 100)), ((9, 9), (38, 50))],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path, at_least, size, turned):
+    ramp = np.linspace(0, 255, 400)[None, :, None] * np.linspace(0.2, 1, 300)[:, None, None]
+    full = np.repeat(ramp, 3, -1)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    path = saved(tmp_path, full.astype(np.uint8), "a.jpg", quality=95, exif=exif)
+    found = read_image(path, at_least=at_least[::-1] if turned else at_least)
+    found = np.rot90(found) if turned else found
+    assert found.shape == (*size, 3)
+    factor = round(400 / size[1])
+    cells = full[: 300 // factor * factor].reshape(300 // factor, factor, size[1], factor, 3)
+    assert np.abs(found[: len(cells)] - cells.mean((1, 3))).max() < 4
+    png = saved(tmp_path, full.astype(np.uint8), "a.png")
+    assert read_image(png, at_least=at_least).shape == full.shape
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, name):
     deep = np.array([[0, 257, 300, 32896, 65535]], np.uint16)
