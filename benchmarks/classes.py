@@ -23,14 +23,19 @@ from jaxseg import run  # noqa: E402
 from jaxseg.experiment import frozen_paths, make_model, make_task  # noqa: E402
 from jaxseg.models.backbones import BACKBONES  # noqa: E402
 from jaxseg.train import loop, optim  # noqa: E402
-from jaxseg.train.speed import best_seconds, matmul_rate, product_flops  # noqa: E402
+from jaxseg.train.speed import (  # noqa: E402
+    best_seconds,
+    compiled,
+    matmul_rate,
+    product_flops,
+)
 from jaxseg.train.state import split_params  # noqa: E402
 
 NAMES = tuple(f"class {i}" for i in range(11))
 
 
-def rows(args, variant: str, head: str, train: str):
-    """(what, seconds for an image, FLOPs for an image) of training and prediction."""
+def make_calls(args, variant: str, head: str, train: str) -> dict[str, tuple]:
+    """{what: (function, *arguments)} of one training step and of one prediction."""
     config = get_config("camvid")
     config.head.name = head
     config.backbone.update(variant=variant, train=train, precision=args.precision)
@@ -47,31 +52,23 @@ def rows(args, variant: str, head: str, train: str):
         "row": jnp.arange(args.batch),
         "valid": jnp.ones(args.batch, bool),
     }
-    name = f"{variant}, {head}"
-    if train == "none" and not variant.startswith("resnet"):
-        features = jax.jit(task.features)
-        batch["features"] = features(params, batch["image"])
+    cached = train == "none" and not variant.startswith("resnet")
+    if cached:
+        batch["features"] = jax.jit(task.features)(params, batch["image"])
     trained, frozen = split_params(params, frozen_paths(config, BACKBONES[variant]))
     schedule = optim.make_schedule(config.optim, 100)
     optimizer = run.make_optimizer(config, task, schedule)
     state = loop.make_state(task, trained, optimizer)
-    step = jax.jit(loop.make_train_step(task, optimizer, seed=0))
-    yield (
-        f"{name}, training" + (", cached" if "features" in batch else ""),
-        *_measure(step, state, frozen, batch, repeats=args.repeats, images=args.batch),
-    )
+    step = loop.make_train_step(task, optimizer, seed=0)
     judged = task.predicting(params, state.extra)
-    shown = {"image": batch["image"]}
-    predict = jax.jit(lambda params, batch: task.decide(task.logits(params, batch)[0]))
-    yield (
-        f"{name}, prediction",
-        *_measure(predict, judged, shown, repeats=args.repeats, images=args.batch),
-    )
 
+    def predict(params, batch):
+        return task.decide(task.logits(params, batch)[0])
 
-def _measure(function, *arguments, repeats: int, images: int) -> tuple[float, float]:
-    flops = product_flops(function, *arguments)
-    return best_seconds(function, *arguments, repeats=repeats) / images, flops / images
+    return {
+        f"{variant}, {head}, training" + ", cached" * cached: (step, state, frozen, batch),
+        f"{variant}, {head}, prediction": (predict, judged, {"image": batch["image"]}),
+    }
 
 
 def main() -> None:
@@ -85,14 +82,17 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, {args.precision}: peak {peak / 1e9:.0f} GFLOP/s\n")
     print("| what | images/s | GFLOP an image | share of the peak |")
     print("|---|---|---|---|", flush=True)
+    calls = {}
     for variant, head, train in (
         ("dinov2_vits14", "linear", "none"),
         ("dinov2_vits14", "deeplabv3plus", "none"),
         ("resnet50", "deeplabv3plus", "all"),
     ):
-        for what, seconds, flops in rows(args, variant, head, train):
-            share = flops / seconds / peak
-            print(f"| {what} | {1 / seconds:.2f} | {flops / 1e9:.0f} | {share:.0%} |", flush=True)
+        calls |= make_calls(args, variant, head, train)
+    for what, call in compiled(calls).items():
+        seconds, flops = best_seconds(*call, repeats=args.repeats), product_flops(*calls[what])
+        rate, work = args.batch / seconds, flops / args.batch / 1e9
+        print(f"| {what} | {rate:.2f} | {work:.0f} | {flops / seconds / peak:.0%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ fuses and overlaps them. The Pillow row draws the same recipe with Pillow on one
 import argparse
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,7 +26,12 @@ from jaxseg import pretrain  # noqa: E402
 from jaxseg.models.backbones import BACKBONES  # noqa: E402
 from jaxseg.ops.views import View, draw_views  # noqa: E402
 from jaxseg.train import loop  # noqa: E402
-from jaxseg.train.speed import best_seconds, matmul_rate, product_flops  # noqa: E402
+from jaxseg.train.speed import (  # noqa: E402
+    best_seconds,
+    compiled,
+    matmul_rate,
+    product_flops,
+)
 
 
 def pillow_views(image: Image.Image, views: list[View], rng: np.random.Generator) -> None:
@@ -78,8 +82,8 @@ def make_batch(count: int, height: int, width: int) -> dict[str, np.ndarray]:
     }
 
 
-def time_parts(task, optimizer, state, step, batch, repeats: int) -> dict[str, float]:
-    """Seconds of the step and of its parts, each compiled by itself."""
+def make_parts(task, optimizer, state, step, batch) -> dict[str, tuple]:
+    """The step and its parts, each compiled by itself, with their arguments."""
     keys = jax.random.split(jax.random.key(0), len(batch["row"]))
     statistics = state.extra["student_statistics"]
 
@@ -97,16 +101,15 @@ def time_parts(task, optimizer, state, step, batch, repeats: int) -> dict[str, f
         updates, _ = optimizer.update(grads, state.opt_state, state.params)
         return jax.tree.map(jnp.add, state.params, updates)
 
-    seconds = partial(best_seconds, repeats=repeats)
-    views = jax.jit(draw)(keys, batch)
-    backward = jax.jit(jax.grad(student))
-    return {
-        "augmentation": seconds(jax.jit(draw), keys, batch),
-        "teacher": seconds(jax.jit(teacher), state.params, views),
-        "student, forward and backward": seconds(backward, state.params, views),
-        "optimiser": seconds(jax.jit(update), backward(state.params, views), state),
-        "whole step": seconds(step, state, {}, batch),
+    views = [jnp.zeros((len(keys), view.size, view.size, 3)) + 0.5 for view in task.views]
+    parts = {
+        "augmentation": (draw, keys, batch),
+        "teacher": (teacher, state.params, views),
+        "student, forward and backward": (jax.grad(student), state.params, views),
+        "optimiser": (update, state.params, state),
+        "whole step": (step, state, {}, batch),
     }
+    return compiled(parts)
 
 
 def main() -> None:
@@ -118,6 +121,8 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=65536)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--files", default="", help="a folder or zip file of images")
+    parser.add_argument("--threads", type=int, default=16, help="that read the files")
+    parser.add_argument("--workers", type=int, default=0, help="processes of so many threads each")
     args = parser.parse_args()
 
     config = get_config(args.preset)
@@ -133,7 +138,8 @@ def main() -> None:
     state = loop.make_state(task, jax.jit(task.init)(jax.random.key(0)), optimizer)
     step = jax.jit(loop.make_train_step(task, optimizer, seed=0))
 
-    time_of = time_parts(task, optimizer, state, step, batch, args.repeats)
+    parts = make_parts(task, optimizer, state, step, batch)
+    time_of = {name: best_seconds(*call, repeats=args.repeats) for name, call in parts.items()}
     whole = time_of["whole step"]
     rate = matmul_rate(args.precision, repeats=args.repeats)
     flops = product_flops(step, state, {}, batch)
@@ -147,26 +153,30 @@ def main() -> None:
     )
     print("| part | ms an image | share of the step |\n|---|---|---|")
     for name, value in time_of.items():
-        print(f"| {name} | {1e3 * value / args.batch:.1f} | {value / whole:.0%} |", flush=True)
+        print(f"| {name} | {1e3 * value / args.batch:.3g} | {value / whole:.0%} |", flush=True)
     rng = np.random.default_rng(0)
     begin = time.perf_counter()
-    for image in host_batch["image"]:
+    images = host_batch["image"][:16]
+    for image in images:
         pillow_views(Image.fromarray(image), list(task.views), rng)
-    pillow = time.perf_counter() - begin
-    print(f"| the same views in Pillow, one core | {1e3 * pillow / args.batch:.1f} | |")
+    pillow = (time.perf_counter() - begin) / len(images)
+    print(f"| the same views in Pillow, one core | {1e3 * pillow:.3g} | |", flush=True)
     if args.files:
-        _from_files(args, config, step, state, whole)
+        _from_files(args, config, parts["whole step"][0], state, whole)
 
 
 def _from_files(args, config, step, state, whole: float) -> None:
     """Images/s of steps fed from files, as a share of the rate without reading."""
-    config.data.update(name="images", root=args.files, memory_gigabytes=0.0, threads=16)
+    config.data.update(name="images", root=args.files, memory_gigabytes=0.0)
+    config.data.update(threads=args.threads, workers=args.workers)
     source = pretrain.make_source(config, "train")
     reader = pretrain.Reader(config, source, tuple(config.data.size))
-    steps = max(20, args.repeats)
+    # What is read ahead before the first step must not count.
+    ahead = 2 * args.threads * max(args.workers, 1)
+    steps = max(2 * ahead, 20)
     begin = None
-    for i, batch in enumerate(reader.train_batches(0, steps + 3)):
-        if i == 3:
+    for i, batch in enumerate(reader.train_batches(0, ahead + steps)):
+        if i == ahead:
             jax.block_until_ready(state)
             begin = time.perf_counter()
         batch = {k: batch[k] for k in ("image", "extent", "row", "valid")}

@@ -52,10 +52,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the square images")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--matmul", type=int, help="side of the reference matrices")
+    parser.add_argument("--matmul", type=int, default=0, help="side of the reference matrices")
     args = parser.parse_args()
     device = jax.devices()[0]
-    args.matmul = args.matmul or (2048 if device.platform == "cpu" else 8192)
     variant = vit.get_variant(args.variant)
     print(
         f"{device.device_kind} ({device.platform}), Python {platform.python_version()}, "

@@ -143,6 +143,21 @@ def _fused(dtype: Any, tokens: int) -> bool:
     return "cuda" in jax.devices()[0].client.platform_version
 
 
+def _attend_fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`_attend` by cuDNN, which takes even lengths only: a token more, that nothing attends to."""
+    b, _, n, _ = q.shape
+    padded = ((0, 0), (0, n % 2), (0, 0), (0, 0))
+    lengths = jnp.full(b, n, jnp.int32) if n % 2 else None
+    out = jax.nn.dot_product_attention(
+        *(jnp.pad(jnp.swapaxes(x, 1, 2), padded) for x in (q, k, v)),
+        scale=1.0,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return jnp.swapaxes(out[:, :n], 1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -160,14 +175,12 @@ class Attention(nn.Module):
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
         q = q * (dim // self.heads) ** -0.5
         if _fused(self.dtype, n):
-            bnhd = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-            out = jax.nn.dot_product_attention(*bnhd, scale=1.0, implementation="cudnn")
+            out = _attend_fused(q, k, v)
         elif n < _PIECEWISE_FROM:
-            out = jnp.swapaxes(_attend(q, k, v), 1, 2)
+            out = _attend(q, k, v)
         else:
             out = jax.lax.platform_dependent(q, k, v, cpu=_attend_in_pieces, default=_attend)
-            out = jnp.swapaxes(out, 1, 2)
-        out = out.reshape(b, n, dim)
+        out = jnp.swapaxes(out, 1, 2).reshape(b, n, dim)
         out = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(out)
         if not with_weights:
             return out, None

@@ -208,3 +208,21 @@ def test_bad_input(params, shape, kwargs, message):
 def test_unknown_variant_lists_the_allowed_ones():
     with pytest.raises(ValueError, match="'vit_huge': allowed are dino_vitt16, dino_vits16"):
         vit.from_variant("vit_huge")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's attention needs a CUDA GPU")
+@pytest.mark.parametrize("tokens", [197, 256])
+def test_fused_attention_is_attention(tokens):
+    q, k, v, g = jax.random.normal(jax.random.key(tokens), (4, 2, 3, tokens, 64))
+    q = q / 8
+
+    def value_and_gradients(attend, dtype):
+        out, back = jax.vjp(attend, *(x.astype(dtype) for x in (q, k, v)))
+        return [np.asarray(x, np.float64) for x in (out, *back(g.astype(dtype)))]
+
+    with jax.default_matmul_precision("highest"):
+        expected = value_and_gradients(vit._attend, jnp.float32)
+    for found, want in zip(
+        value_and_gradients(vit._attend_fused, jnp.bfloat16), expected, strict=True
+    ):
+        assert np.linalg.norm(found - want) < 0.01 * np.linalg.norm(want)

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxseg.train.speed import product_flops
+from jaxseg.models import vit
+from jaxseg.train.speed import compiled, product_flops
 
 
 class _Network(nn.Module):
@@ -31,3 +32,26 @@ def test_loops_count_as_often_as_they_run():
     either = jax.lax.platform_dependent
     both = product_flops(lambda a, b: either(a, b, cpu=jnp.matmul, default=jnp.matmul), a, b)
     assert both == looped
+
+
+def test_fused_attention_counts_as_its_products(monkeypatch):
+    # Tracing does not need the library, only its version.
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    q = jnp.ones((2, 3, 128, 64), jnp.bfloat16)
+
+    def gradient(attend):
+        return jax.grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+
+    one = 2 * q.size * 128
+    for attend in (vit._attend, vit._attend_fused):
+        assert product_flops(attend, q, q, q) == 2 * one
+        assert product_flops(gradient(attend), q, q, q) == 6 * one
+
+
+def test_compiled_functions_come_with_their_arguments():
+    a, b = jnp.ones((2, 3)), jnp.arange(3.0)
+    calls = compiled({"product": (jnp.matmul, a, b), "sum": (jnp.sum, b)})
+    results = {name: function(*arguments) for name, (function, *arguments) in calls.items()}
+    assert results["product"].tolist() == [3, 3] and results["sum"] == 3
