@@ -25,6 +25,8 @@ from jaxseg.train.writers import Progress, write_json
 log = logging.getLogger(__name__)
 
 _PICTURES = 8
+# Masks are counted in arrays whose sides are multiples of this.
+_ROUND = 256
 _COLUMNS = ("miou", "miou_without_background", "pixel_accuracy", "mean_accuracy", "boundary_iou")
 
 
@@ -87,7 +89,7 @@ def _names(workdirs: Sequence[Path]) -> list[str]:
 
 def _score(source, predictors: Mapping[str, Predictor], names: Sequence[str]):
     """(sums of each method, [(share of pixels that differ, example)] of the most different images)."""
-    count = jax.jit(metrics.image_counts, static_argnames=("classes", "background"))
+    count = jax.jit(metrics.image_counts, static_argnames=("classes", "background", "widths"))
     options = dict(classes=len(names), background=background(tuple(names)))
     constant = _most_frequent(source, names)
     sums: dict[str, Any] = dict.fromkeys((f"always {names[constant]}", *predictors))
@@ -98,8 +100,9 @@ def _score(source, predictors: Mapping[str, Predictor], names: Sequence[str]):
         image, mask = example["image"], example["mask"]
         masks = {n: p.predict(image) for n, p in predictors.items()}
         everything = {f"always {names[constant]}": np.full_like(mask, constant), **masks}
+        widths, truth = metrics.boundary_widths(*mask.shape), _padded(mask)
         for name, prediction in everything.items():
-            counts = count(prediction[None], mask[None], mask[None] != VOID, **options)
+            counts = count(_padded(prediction), truth, truth != VOID, widths=widths, **options)
             total = jax.tree.map(lambda x: np.asarray(x).sum(0), counts)
             sums[name] = add(sums[name], total)
         stack = np.stack(list(masks.values()))
@@ -110,6 +113,12 @@ def _score(source, predictors: Mapping[str, Predictor], names: Sequence[str]):
         progress.update(index + 1)
     progress.close()
     return sums, [(share, shown) for share, _, shown in sorted(most, key=lambda e: -e[0])]
+
+
+def _padded(mask: np.ndarray) -> np.ndarray:
+    """A batch of one mask, with void around it: so that few shapes are compiled."""
+    sides = [(0, -side % _ROUND) for side in mask.shape]
+    return np.pad(mask, sides, constant_values=VOID)[None]
 
 
 def _most_frequent(source, names: Sequence[str]) -> int:

@@ -86,17 +86,27 @@ def _near(contour_BxHxW: jax.Array, ids_BxHxW, other_ids_BxHxW, radius: int, cla
     return near
 
 
+def boundary_widths(height: int, width: int) -> tuple[int, int]:
+    """(width of boundaries, distance of contours that still match) in an image of this size."""
+    return boundary_width(height, width), boundary_width(height, width, ratio=0.0075)
+
+
 def boundary_counts(
-    prediction_BxHxW: jax.Array, labels_BxHxW: jax.Array, valid_BxHxW: jax.Array, *, classes: int
+    prediction_BxHxW: jax.Array,
+    labels_BxHxW: jax.Array,
+    valid_BxHxW: jax.Array,
+    *,
+    classes: int,
+    width: int | None = None,
 ) -> jax.Array:
     """Intersection and union of each class's predicted and true boundary, int32 `B x K x 2`.
 
     Boundary IoU of Cheng et al., CVPR 2021: the pixels of a class's mask within 2 % of the diagonal
     of its contour. Void pixels and what is outside the image belong to no mask, as in
-    `metrics.image_counts`. The arguments are those of `confusion`.
+    `metrics.image_counts`. The arguments are those of `confusion`; `width` stands in for the 2 %.
     """
     p, t = (_ids(ids, valid_BxHxW, classes) for ids in (prediction_BxHxW, labels_BxHxW))
-    width = boundary_width(*p.shape[1:])
+    width = width or boundary_widths(*p.shape[1:])[0]
     edge_p, edge_t = (_boundary(ids, width, classes) for ids in (p, t))
     both = _by_class(edge_p & edge_t & (p == t), t, classes)
     either = _by_class(edge_p, p, classes) + _by_class(edge_t, t, classes) - both
@@ -104,17 +114,22 @@ def boundary_counts(
 
 
 def contour_counts(
-    prediction_BxHxW: jax.Array, labels_BxHxW: jax.Array, valid_BxHxW: jax.Array, *, classes: int
+    prediction_BxHxW: jax.Array,
+    labels_BxHxW: jax.Array,
+    valid_BxHxW: jax.Array,
+    *,
+    classes: int,
+    radius: int | None = None,
 ) -> jax.Array:
     """Counts for the boundary F score of each class, int32 `B x K x 4`.
 
     After Csurka et al., BMVC 2013: predicted contour pixels near a true one of the class, predicted
     contour pixels, true contour pixels near a predicted one, true contour pixels. Contours are one
     pixel wide and inside the mask; near is within 0.75 % of the diagonal on both axes. The arguments
-    are those of `confusion`.
+    are those of `confusion`; `radius` stands in for the 0.75 %.
     """
     p, t = (_ids(ids, valid_BxHxW, classes) for ids in (prediction_BxHxW, labels_BxHxW))
-    radius = boundary_width(*p.shape[1:], ratio=0.0075)
+    radius = radius or boundary_widths(*p.shape[1:])[1]
     contour_p, contour_t = (_boundary(ids, 1, classes) for ids in (p, t))
     counts = [
         _by_class(contour_p & _near(contour_t, t, p, radius, classes), p, classes),
@@ -157,16 +172,20 @@ def image_counts(
     *,
     classes: int,
     background: int | None = None,
+    widths: tuple[int, int] | None = None,
 ) -> dict[str, jax.Array]:
     """All counts of each image, with a leading `B`: what `summarize` takes, summed over images.
 
     `confusion`, `boundary`, `contour` and, where there is a background class, `course_multiclass`.
+    An image in larger arrays, with void around it, counts as it does alone if `widths` are the
+    `boundary_widths` of its own size.
     """
     arguments = (prediction_BxHxW, labels_BxHxW, valid_BxHxW)
+    width, radius = widths or boundary_widths(*labels_BxHxW.shape[1:])
     counts = {
         "confusion": confusion(*arguments, classes=classes),
-        "boundary": boundary_counts(*arguments, classes=classes),
-        "contour": contour_counts(*arguments, classes=classes),
+        "boundary": boundary_counts(*arguments, classes=classes, width=width),
+        "contour": contour_counts(*arguments, classes=classes, radius=radius),
     }
     if background is not None:
         counts["course_multiclass"] = course_multiclass(counts["confusion"], background=background)

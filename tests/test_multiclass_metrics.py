@@ -98,6 +98,18 @@ def test_contour_counts_equal_distances_between_points(classes):
         np.testing.assert_array_equal(got[0, c], want)
 
 
+def test_void_around_an_image_changes_no_count():
+    case = _case(4, seed=3)
+    height, width = case[0].shape[1:]
+    alone = _on_device(mc.image_counts, case, 4, background=0)
+    padded = [np.pad(ids, ((0, 0), (0, 30), (0, 17)), constant_values=VOID) for ids in case[:2]]
+    valid = np.pad(case[2], ((0, 0), (0, 30), (0, 17)))
+    widths = mc.boundary_widths(height, width)
+    within = _on_device(mc.image_counts, (*padded, valid), 4, background=0, widths=widths)
+    for name, value in alone.items():
+        np.testing.assert_array_equal(within[name], value)
+
+
 def test_summary_equals_scikit_learn():
     classes = 6
     prediction, labels, valid = _case(classes, seed=4)
