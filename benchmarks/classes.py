@@ -57,7 +57,7 @@ def make_calls(args, variant: str, head: str, train: str) -> dict[str, tuple]:
         batch["features"] = jax.jit(task.features)(params, batch["image"])
     trained, frozen = split_params(params, frozen_paths(config, BACKBONES[variant]))
     schedule = optim.make_schedule(config.optim, 100)
-    optimizer = run.make_optimizer(config, task, schedule)
+    optimizer = run.make_optimizer(config, task, schedule, 100)
     state = loop.make_state(task, trained, optimizer)
     step = loop.make_train_step(task, optimizer, seed=0)
     judged = task.predicting(params, state.extra)
