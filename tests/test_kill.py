@@ -14,7 +14,7 @@ COMMANDS = {
     "segmentation": [
         "--config=configs/pac_objseg.py",
         *tiny_arguments(
-            head__name="pac_course",
+            head__name="guided",
             data__limit=8,
             train__steps=400,
             train__checkpoint_every=10,

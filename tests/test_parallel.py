@@ -12,7 +12,7 @@ from tiny import DINO_OVERRIDES, ROOT, losses, run_main, tiny_arguments
 
 CONFIG = "--config=configs/pac_objseg.py"
 SETTINGS = dict(
-    head__name="pac_course",
+    head__name="guided",
     data__limit=10,
     train__batch=8,
     train__steps=12,
@@ -23,8 +23,13 @@ SETTINGS = dict(
 )
 
 
+def _devices(count):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": flags.strip()}
+
+
 def _one_process(workdir, devices, **changes):
-    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = _devices(devices)
     arguments = tiny_arguments(**(SETTINGS | changes))
     done = run_main(CONFIG, f"--workdir={workdir}", *arguments, environment=environment)
     assert done.returncode == 0, done.stderr
@@ -39,10 +44,7 @@ def _two_processes(workdir, config=CONFIG, settings=None):
     arguments = [f"--workdir={workdir}", "--distributed", *settings]
     processes = []
     for rank in range(2):
-        environment = {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        }
+        environment = _devices(4) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
         join = [f"--coordinator=localhost:{port}", "--processes=2", f"--process={rank}"]
         process = subprocess.Popen(
             [sys.executable, "main.py", config, *arguments, *join],
@@ -137,7 +139,7 @@ def _assert_same_teacher(a, b):
 
 
 def _pretrain(workdir, devices, *changes):
-    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = _devices(devices)
     arguments = [f"--workdir={workdir}", *DINO_SETTINGS, *changes]
     done = run_main(DINO_CONFIG, *arguments, environment=environment)
     assert done.returncode == 0, done.stderr

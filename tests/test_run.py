@@ -20,7 +20,7 @@ from jaxseg.train.loop import NonFiniteLossError
 def trained(tmp_path_factory):
     """A finished run with a report and validation, shared by the tests that only read it."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    config = tiny_config(eval__report=True, train__eval_every=3, head__name="pac_course")
+    config = tiny_config(eval__report=True, train__eval_every=3, head__name="guided")
     return workdir, run.train(config, workdir)
 
 
@@ -71,7 +71,7 @@ def test_scores_do_not_depend_on_the_batch_size(trained):
 
 def test_resume_is_exact(trained, tmp_path):
     _, result = trained
-    config = tiny_config(train__eval_every=3, head__name="pac_course")
+    config = tiny_config(train__eval_every=3, head__name="guided")
 
     def stop_at_step_4(self, step):
         return step == 4
@@ -90,7 +90,7 @@ def test_resume_from_an_earlier_checkpoint_repeats_the_steps(trained, tmp_path):
     workdir, result = trained
     shutil.copytree(workdir, tmp_path / "w")
     shutil.rmtree(tmp_path / "w" / "checkpoints" / "6")
-    config = tiny_config(eval__report=True, train__eval_every=3, head__name="pac_course")
+    config = tiny_config(eval__report=True, train__eval_every=3, head__name="guided")
     assert run.train(config, tmp_path / "w") == result
     assert losses(tmp_path / "w") == losses(workdir)
 
