@@ -76,7 +76,7 @@ def analyze(
         size = run.size
         config, backbone, mesh = run.config, run.task.backbone, run.mesh
         variables = run.task.backbone_variables(run.state.best_params, run.state.extra)
-        subject = f"the run in {workdir.name} at step {run.step}"
+        subject, step = f"the run in {workdir.name} at step {run.step}", run.step
     else:
         if config is None or not config.backbone.weights:
             raise ConfigError(
@@ -90,8 +90,8 @@ def analyze(
         variables = {"params": loaded.params, "batch_stats": loaded.statistics}
         shardings = partition.tree_sharding(mesh, variables, config.sharding.params)
         variables = partition.put_tree(variables, shardings)
-        subject, size = f"{config.backbone.weights}", None
-    return _Analysis(config, backbone, variables, mesh, workdir, subject, size).run()
+        subject, size, step = f"{config.backbone.weights}", None, 0
+    return _Analysis(config, backbone, variables, mesh, workdir, subject, step, size).run()
 
 
 class _Analysis:
@@ -105,10 +105,11 @@ class _Analysis:
         mesh: Mesh,
         workdir: Path,
         subject: str,
+        step: int,
         stored_size: tuple[int, int] | None,
     ):
         self.config, self.backbone, self.variables = config, backbone, variables
-        self.mesh, self.workdir, self.subject = mesh, workdir, subject
+        self.mesh, self.workdir, self.subject, self.step = mesh, workdir, subject, step
         self.folder = workdir / "report"
         self.held_out = make_source(config, config.eval.split)
         self.size = pretrain.image_size(config, self.held_out, stored_size)
@@ -265,6 +266,8 @@ class _Analysis:
         labelled = self._labelled(found)
         snapshots = []
         for path in sorted((self.workdir / "features").glob("[0-9]*.npz")):
+            if int(path.stem) > self.step:  # of an attempt that was cut short
+                continue
             with np.load(path) as kept:
                 # Of these images alone: since then another limit, split or data set may have been asked for.
                 same = len(kept["cls"]) == len(found["cls"]) and tuple(kept["names"]) == self.names

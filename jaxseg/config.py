@@ -201,6 +201,7 @@ def check_overrides(arguments: Iterable[str], config: ml_collections.ConfigDict)
     Raises:
       ConfigError: naming the key and the keys that exist beside it, or the type.
     """
+    given = set()
     for argument in arguments:
         if not argument.startswith(("--config.", "-config.")):
             continue
@@ -216,6 +217,9 @@ def check_overrides(arguments: Iterable[str], config: ml_collections.ConfigDict)
             node = node[key]
         if isinstance(node, ml_collections.ConfigDict):
             raise ConfigError(f"{path} is a section; allowed in it: {', '.join(sorted(node))}")
+        if isinstance(node, tuple) and path in given:
+            raise ConfigError(f"{path} is given twice; allowed is once: its values would be joined")
+        given.add(path)
         if equals:
             _check_type(path, text, node)
 
@@ -261,7 +265,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         # The negation also catches NaN.
         if not low <= flat[key] <= high:
             raise ConfigError(f"config.{key} is {flat[key]!r}; allowed: {low} to {high}")
-    _pair(config, "data.size", int)
+    if any(size := _pair(config, "data.size", int)) and not all(size):
+        raise ConfigError(f"config.data.size is {size}; allowed: (0, 0), or two sizes above 0")
     if task in DENSE_TASKS:
         _validate_dense(config)
     if task in ("dino", "rotation"):
@@ -280,6 +285,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             + ("folder, coco or tfds" if task in DENSE_TASKS else "images or tfds")
             + " to read it"
         )
+    if config.data.name == "tfds" and not config.data.tfds.name:
+        raise ConfigError("config.data.name='tfds' needs --config.data.tfds.name=NAME")
     if config.data.name in ("folder", "coco", "images") and not config.data.root:
         raise ConfigError(f"config.data.name={config.data.name!r} needs --config.data.root=FOLDER")
 
@@ -380,6 +387,11 @@ def _validate_classes(config: ml_collections.ConfigDict) -> None:
 
 def _validate_pretraining(config: ml_collections.ConfigDict) -> None:
     task = config.task
+    if config.data.name == "coco":
+        raise ConfigError(
+            "config.data.name='coco' is read for its masks; allowed for pretraining: images, which takes "
+            "the folder of the images, folder, tfds, shapes, kinds"
+        )
     views = config.views
     for key in (f"views.{name}" for name in views if name.endswith("scale")):
         low, high = _pair(config, key, float)
@@ -387,7 +399,7 @@ def _validate_pretraining(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"config.{key} is ({low}, {high}); allowed: 0 < low <= high <= 1")
     for key in ("blur", "solarize"):
         value = tuple(views.get(key, (0, 0, 0)))
-        if len(value) != 3 or not all(0 <= v <= 1 for v in value):
+        if len(value) != 3 or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
             raise ConfigError(
                 f"config.views.{key} is {value}; allowed: three probabilities, of the first and the "
                 "second global crop and of the local ones"
@@ -415,7 +427,9 @@ def _pair(config: ml_collections.ConfigDict, key: str, kind: type) -> tuple[Any,
     section, name = key.split(".")
     value = tuple(config[section][name])
     numbers = (int,) if kind is int else (int, float)
-    if len(value) != 2 or not all(isinstance(v, numbers) and v >= 0 for v in value):
+    if len(value) != 2 or not all(
+        isinstance(v, numbers) and not isinstance(v, bool) and v >= 0 for v in value
+    ):
         raise ConfigError(
             f"config.{key} is {value!r}; allowed: two numbers ({kind.__name__}), not negative"
         )

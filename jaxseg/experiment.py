@@ -56,9 +56,23 @@ class Backbone:
         """Reads what `config.backbone` asks for."""
         if not config.backbone.weights:
             return cls(BACKBONES[config.backbone.variant])
+        _check_normalization(config)
         loaded = weights.load(config.backbone.weights)
         log.info("backbone %s from %s", loaded.variant.name, loaded.source)
         return cls(loaded.variant, loaded.params, loaded.statistics)
+
+
+def _check_normalization(config: ml_collections.ConfigDict) -> None:
+    """Refuses to show a backbone from a workdir images of another kind than it was trained on."""
+    stored = Path(config.backbone.weights).expanduser() / "config.json"
+    if not stored.is_file():
+        return
+    there = json.loads(stored.read_text())["backbone"]["normalization"]
+    if there != config.backbone.normalization:
+        raise ConfigError(
+            f"config.backbone.normalization is {config.backbone.normalization!r}; the run in "
+            f"{config.backbone.weights} was trained with {there!r}: allowed is that"
+        )
 
 
 def frozen_backbone(config: ml_collections.ConfigDict) -> bool:

@@ -44,6 +44,10 @@ def main(
     elif mode == "export":
         if not outputs:
             raise ConfigError("--mode=export needs --outputs=FILE.safetensors")
+        if overrides:
+            raise ConfigError(
+                f"--mode=export takes no config.{next(iter(overrides))}: it writes what was saved last"
+            )
         exported = weights.export(workdir, outputs)
         size = Path(outputs).stat().st_size / 1e6
         print(f"{exported.variant.name}, {size:.1f} MB in {outputs}, sha256 {exported.digest}")

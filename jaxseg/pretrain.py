@@ -390,9 +390,11 @@ def network_size(
 ) -> tuple[int, int]:
     """(height, width) at which the backbone sees images of `size` in evaluation.
 
-    Their shorter side is `config.eval.resolution` (0: as it is); both are multiples of the patch.
+    Their shorter side is `config.eval.resolution` (0: as it is), or less where the longer one would be
+    more than four times as much; both are multiples of the patch.
     """
-    patch, scale = backbone.variant.patch, (config.eval.resolution or min(size)) / min(size)
+    patch, shorter = backbone.variant.patch, config.eval.resolution or min(size)
+    scale = min(shorter / min(size), max(1.0, 4 * shorter / max(size)))
     return tuple(max(round(side * scale / patch), 1) * patch for side in size)
 
 

@@ -5,6 +5,7 @@ model.json       what the config alone does not say: the backbone's shape, image
 checkpoints/     the state at some steps            frozen/     parameters that never change
 metrics.jsonl    one object for each logged step    tensorboard/
 eval.json        the scores                         report/     pictures
+features/        of held-out images in the course of a pretraining
 """
 
 import contextlib
@@ -110,7 +111,8 @@ def begin(workdir: Path, config: ml_collections.ConfigDict, description: Descrip
         try:
             if not resumed:
                 # They would be taken for this run's.
-                shutil.rmtree(workdir / "frozen", ignore_errors=True)
+                for name in ("frozen", "features"):
+                    shutil.rmtree(workdir / name, ignore_errors=True)
             write_json(workdir / "model.json", new)
             write_json(workdir / "config.json", config.to_dict())
         except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import dino
 from configs.common import get_segmentation_config
 from jaxseg import config as checks
 from jaxseg import workdir as folder
@@ -54,6 +55,31 @@ def test_wrong_overrides_are_named(argument, message):
 def test_right_overrides_pass():
     good = ["--config.seed=3", "--config.optim.lr=1", "--config.eval.report=false", "--workdir=x"]
     checks.check_overrides([*good, "--config.data.categories=('a','b')"], get_segmentation_config())
+
+
+def test_tuples_are_given_once():
+    twice = ["--config.data.size=(64,64)", "--config.data.size=(32,32)"]
+    with pytest.raises(ConfigError, match="config.data.size is given twice"):
+        checks.check_overrides(twice, get_segmentation_config())
+    checks.check_overrides(["--config.seed=1", "--config.seed=2"], get_segmentation_config())
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("data.name", "coco", "images, which takes"),
+        ("views.blur", ("a", 0, 0), "three probabilities"),
+        ("data.size", (0, 32), "two sizes above 0"),
+        ("data.size", (True, True), "two numbers"),
+        ("data.name", "tfds", "data.tfds.name=NAME"),
+    ],
+)
+def test_values_that_pretraining_cannot_take_are_named(key, value, allowed):
+    config = dino.get_config()
+    config.data.root = "x"
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=allowed):
+        checks.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +134,10 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
 
 def test_an_attempt_without_a_checkpoint_binds_nothing(tmp_path):
     config = get_segmentation_config()
+    for name in ("frozen", "features"):
+        (tmp_path / name).mkdir()
+    _begin(tmp_path, config)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.json"}
     _begin(tmp_path, config)
     (tmp_path / "frozen").mkdir()
     config.optim.lr = 0.5

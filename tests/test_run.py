@@ -9,10 +9,10 @@ from PIL import Image
 from tiny import losses, tiny_config
 
 from jaxseg import run
+from jaxseg.checksums import CheckpointError
 from jaxseg.config import ConfigError
 from jaxseg.data import DataError
 from jaxseg.train import loop
-from jaxseg.train.checkpoint import CheckpointError
 from jaxseg.train.loop import NonFiniteLossError
 
 

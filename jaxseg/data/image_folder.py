@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from jaxseg.data.images import SUFFIXES, DataError, image_size, read_image
 
 SPLITS = ("train", "val", "test")
+_OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
 class Images:
@@ -51,7 +52,14 @@ class Images:
         if not names:
             raise DataError(f"{self._root} holds no images; suffixes are {' '.join(SUFFIXES)}")
         top = _around_splits(names)
-        present = _first_folders(names, top) & set(SPLITS)
+        folders = _first_folders(names, top)
+        present, other = folders & set(SPLITS), folders & set(_OTHER_NAMES)
+        if other and folders == present | other:
+            renamed = ", ".join(f"{name} to {_OTHER_NAMES[name]}" for name in sorted(other))
+            raise DataError(
+                f"{self._root} has the folders {', '.join(sorted(folders))}: rename {renamed}, or they "
+                "would be taken for classes"
+            )
         prefix = f"{top}{split}/" if present else ""
         if present or "{split}" in str(root):
             inside = [name for name in names if name.startswith(prefix)]

@@ -5,7 +5,7 @@ Layout below the workdir:
     checkpoints/<step>/   the `TrainState` with a checksum of every leaf, and the metrics at that step
     frozen/               the parameters that never change, written once
 
-The checksum is our own because a flipped byte inside a data file is not noticed on reading.
+The checksum (`checksums.py`) is our own: a flipped byte inside a data file is not noticed on reading.
 """
 
 import logging
@@ -19,45 +19,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from jaxseg.checksums import CheckpointError, first_line, verified, with_checksums
+
 log = logging.getLogger(__name__)
 
 # So that there is one to fall back on.
 _KEEP_LATEST = 2
 
 
-class CheckpointError(ValueError):
-    """No usable checkpoint where one is needed."""
-
-
-@jax.jit
-def _checksum(tree: Any) -> Any:
-    """A uint32 for each leaf: the wrapped sum of its bits, weighted by position so that swaps show."""
-
-    def leaf(x):
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x
-        bits = bits.astype(jnp.uint32).reshape(-1)
-        weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
-        return (bits * weights).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(leaf, tree)
-
-
-def _verified(path: Path, restored: Mapping[str, Any]) -> Any:
-    same = jax.tree.map(lambda a, b: bool(a == b), _checksum(restored["tree"]), restored["sum"])
-    bad = [jax.tree_util.keystr(k) for k, ok in jax.tree_util.tree_leaves_with_path(same) if not ok]
-    if bad:
-        raise CheckpointError(
-            f"{path}: the checksum of {bad[0]} does not match: the file is damaged"
-        )
-    return restored["tree"]
-
-
-def _bundle(tree: Any) -> dict[str, Any]:
-    return {"tree": tree, "sum": _checksum(tree)}
-
-
 def _abstract(tree: Any) -> Any:
-    """What `_bundle` saves for `tree` (arrays or `ShapeDtypeStruct`s with shardings), as targets."""
+    """What `with_checksums` saves for `tree` (arrays or `ShapeDtypeStruct`s with shardings), as targets."""
     sharding = jax.tree.leaves(tree)[0].sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
@@ -116,7 +87,7 @@ class Checkpointer:
         known = metrics is not None and self._best in metrics
         self._manager.save(
             step,
-            args=ocp.args.StandardSave(_bundle(state)),
+            args=ocp.args.StandardSave(with_checksums(state)),
             metrics={self._best: float(metrics[self._best])} if known else None,
             force=True,
         )
@@ -140,11 +111,12 @@ class Checkpointer:
             path = self._folder / str(step)
             try:
                 args = ocp.args.StandardRestore(_abstract(like))
-                state = _verified(path, self._manager.restore(step, args=args))
+                state = verified(path, self._manager.restore(step, args=args))
             except Exception as error:  # Orbax and TensorStore raise many kinds here.
-                first_line = str(error).strip().splitlines()[0] if str(error).strip() else error
                 log.warning(
-                    "checkpoint %s cannot be read (%s): trying the one before", path, first_line
+                    "checkpoint %s cannot be read (%s): trying the one before",
+                    path,
+                    first_line(error),
                 )
                 damaged.append(path)
                 continue
@@ -194,7 +166,7 @@ def save_frozen(workdir: Path, frozen: Any) -> None:
         except CheckpointError as error:
             log.warning("%s; it is written anew", error)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, _bundle(frozen), force=True)
+        checkpointer.save(folder, with_checksums(frozen), force=True)
 
 
 def restore_frozen(workdir: Path, like: Any) -> Any:
@@ -213,7 +185,7 @@ def restore_frozen(workdir: Path, like: Any) -> Any:
         )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return _verified(folder, checkpointer.restore(folder, _abstract(like)))
+            return verified(folder, checkpointer.restore(folder, _abstract(like)))
     except Exception as error:  # Orbax and TensorStore raise many kinds here.
         raise CheckpointError(
             f"{folder} is damaged. Start the training again with the same weights to write it anew"

@@ -101,6 +101,7 @@ def export(workdir: str | Path, path: str | Path) -> Weights:
     tensors = convert.from_flax(params, variant)
     half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     metadata = {"format": "pt", _VARIANT: json.dumps(backbones.to_json(variant))}
+    path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.write(path, half, metadata)
     return load(path)
 

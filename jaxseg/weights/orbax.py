@@ -1,6 +1,8 @@
 """Reads the backbone out of the workdir of one of our own runs."""
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,23 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxseg.checksums import first_line, verified
 from jaxseg.models import backbones
+
+log = logging.getLogger(__name__)
 
 
 def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Any], backbones.AnyVariant]:
     """Reads backbone parameters, those last saved: of a teacher or moving average where there is one.
+
+    A damaged checkpoint is passed over for the one before, with a warning.
 
     Returns:
       (nested dict of NumPy arrays in the layout of `ViT` or `ResNet`, the running statistics of its
       batch norm or {}, its variant).
 
     Raises:
-      ValueError: the folder is not a workdir, holds no checkpoint, or the checkpoint is damaged.
+      ValueError: the folder is not a workdir, holds no checkpoint, or none that is whole.
     """
     description = workdir / "model.json"
     if not description.exists():
@@ -28,7 +35,7 @@ def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Any], backbones.AnyVa
     frozen, steps = workdir / "frozen", _steps(workdir)
     if not frozen.exists() and not steps:
         raise ValueError(f"{workdir} holds no checkpoint yet")
-    saved = _restore(steps[-1]) if steps else {}
+    saved = _newest(steps) if steps else {}
     kept = _restore(frozen) if frozen.exists() else {}
     extra = saved.get("extra") or {}
     trained = extra.get("teacher") or saved.get("average") or saved.get("params") or {}
@@ -49,12 +56,23 @@ def _arrays(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
+def _newest(folders: Sequence[Path]) -> dict[str, Any]:
+    *before, last = folders
+    try:
+        return _restore(last)
+    except ValueError as error:
+        if not before:
+            raise
+        log.warning("%s: trying the one before", error)
+        return _newest(before)
+
+
 def _restore(folder: Path) -> dict[str, Any]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute())["tree"]
+            return verified(folder, checkpointer.restore(folder.absolute()))
     except Exception as error:  # Orbax and TensorStore raise many kinds here.
-        raise ValueError(f"{folder} cannot be read: {error}") from error
+        raise ValueError(f"{folder} cannot be read ({first_line(error)})") from error
 
 
 def _steps(workdir: Path) -> list[Path]:

@@ -119,6 +119,13 @@ def test_a_folder_around_the_splits_is_passed_over(tmp_path):
     assert source[0]["name"] == "pets/val/dog/d.png" and source[0]["category"] == 1
 
 
+@pytest.mark.parametrize("first, second", [("training", "validation"), ("train", "valid")])
+def test_other_names_of_splits_are_no_classes(tmp_path, first, second):
+    _make(tmp_path, [f"{first}/cat/a.png", f"{second}/cat/b.png"])
+    with pytest.raises(DataError, match=f"rename .*{second} to val"):
+        Images(tmp_path, "train")
+
+
 def test_an_encrypted_zip_is_an_error(tmp_path):
     _make(tmp_path / "in", ["train/cat/a.png"])
     data = bytearray(_zipped(tmp_path / "in", tmp_path / "x.zip").read_bytes())

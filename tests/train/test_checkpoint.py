@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxseg import checksums
+from jaxseg.checksums import CheckpointError
 from jaxseg.train import checkpoint
-from jaxseg.train.checkpoint import Checkpointer, CheckpointError
+from jaxseg.train.checkpoint import Checkpointer
 
 
 def _state(value: float):
@@ -85,7 +87,7 @@ def test_all_damaged_is_an_error(tmp_path):
 def test_checksum_sees_swaps_and_single_bits():
     a = jnp.arange(1000, dtype=jnp.float32)
     sums = {
-        int(checkpoint._checksum(x)) for x in (a, a[::-1], a.at[500].add(2**-14), a.at[0].set(-0.0))
+        int(checksums.checksum(x)) for x in (a, a[::-1], a.at[500].add(2**-14), a.at[0].set(-0.0))
     }
     assert len(sums) == 4
 

@@ -7,6 +7,7 @@ from shared import shared_path
 from tiny import tiny_config
 
 from jaxseg import modes, run, weights
+from jaxseg.experiment import Backbone
 from jaxseg.models import backbones, vit
 from jaxseg.weights import convert, safetensors, torch_pickle
 
@@ -36,9 +37,15 @@ def test_written_files_are_read_back(tmp_path, dtype):
 def test_a_run_is_exported(tmp_path, capsys):
     config = tiny_config(train__steps=2)
     run.train(config, tmp_path / "w")
-    file = tmp_path / "vit.safetensors"
+    file = tmp_path / "new" / "vit.safetensors"
     modes.main("export", config=None, overrides={}, workdir=tmp_path / "w", outputs=str(file))
     assert "vit_micro16" in capsys.readouterr().out
+    best = {"eval.checkpoint": "best"}
+    with pytest.raises(ValueError, match="takes no config.eval.checkpoint"):
+        modes.main("export", config=None, overrides=best, workdir=tmp_path / "w", outputs="x")
+    other = tiny_config(backbone__weights=str(tmp_path / "w"), backbone__normalization="none")
+    with pytest.raises(ValueError, match="normalization is 'none'; the run in .*'imagenet'"):
+        Backbone.load(other)
     ours, theirs = weights.load(tmp_path / "w"), weights.load(file)
     assert theirs.variant == backbones.BACKBONES["vit_micro16"]
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):

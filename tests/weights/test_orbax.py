@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxseg import weights
+from jaxseg.checksums import with_checksums
 from jaxseg.models import backbones
 
 VARIANT = backbones.BACKBONES["resnet10_mini"]
@@ -24,7 +25,7 @@ def _workdir(path, *, state=None, frozen=None):
     with ocp.StandardCheckpointer() as checkpointer:
         for folder, tree in folders.items():
             if tree is not None:
-                checkpointer.save(folder.absolute(), {"tree": tree})
+                checkpointer.save(folder.absolute(), with_checksums(tree))
     return path
 
 
@@ -67,3 +68,28 @@ def test_frozen_and_trained_layers_are_put_together(tmp_path):
 def test_nothing_saved_yet(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint yet"):
         weights.load(_workdir(tmp_path / "w"))
+
+
+def _damage(folder):
+    """Turns one bit of the largest array over."""
+    file = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
+    workdir = tmp_path / "w"
+    value = np.random.default_rng(0).normal(size=(300, 90)).astype(np.float32)
+    states = [{"params": {"backbone": {"w": value * step}}, "extra": None} for step in (1, 2)]
+    _workdir(workdir, state=states[1])
+    with ocp.StandardCheckpointer() as checkpointer:
+        older = (workdir / "checkpoints" / "4" / "default").absolute()
+        checkpointer.save(older, with_checksums(states[0]))
+    np.testing.assert_array_equal(weights.load(workdir).params["w"], 2 * value)
+    _damage(workdir / "checkpoints" / "5")
+    np.testing.assert_array_equal(weights.load(workdir).params["w"], value)
+    assert "5/default cannot be read" in caplog.text and "\n" not in caplog.messages[0]
+    _damage(workdir / "checkpoints" / "4")
+    with pytest.raises(ValueError, match="4/default cannot be read"):
+        weights.load(workdir)
