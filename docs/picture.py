@@ -27,7 +27,7 @@ def main(workdir: str) -> None:
     figure, axes = plt.subplots(3, COLUMNS, figsize=(14, 6.2))
     for column in range(COLUMNS):
         image, mask = source[column]["image"], source[column]["mask"] == 1
-        pictures = (image, mask, overlay(image, predictor(image) >= 0.5))
+        pictures = (image, mask, overlay(image, predictor.predict(image) == 1))
         for axis, picture in zip(axes[:, column], pictures, strict=True):
             axis.imshow(picture, cmap="gray")
             axis.set(xticks=[], yticks=[])

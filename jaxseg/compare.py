@@ -66,6 +66,10 @@ def compare(workdirs: Sequence[Path], overrides: Mapping[str, Any], output: Path
                 f"the run {name} predicts {', '.join(run.task.names)}; the data of the first run hold "
                 f"{', '.join(names)}: only runs of the same classes can be compared"
             )
+    try:
+        (output / "report").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={output}: {error}") from error
     predictors = {name: Predictor(run) for name, run in runs.items()}
     sums, differing = _score(source, predictors, names)
     empty = background(names)
@@ -132,10 +136,6 @@ def _most_frequent(source, names: Sequence[str]) -> int:
 
 
 def _write(output: Path, result, differing, names, runs) -> None:
-    try:
-        (output / "report").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={output}: {error}") from error
     write_json(output / "comparison.json", result)
     methods = result["methods"]
     head = ["method", *(c.replace("_", " ") for c in _COLUMNS), *names]
@@ -147,6 +147,8 @@ def _write(output: Path, result, differing, names, runs) -> None:
         ]
         for name, scores in methods.items()
     ]
+    for row in table:
+        print("  ".join(f"{c:>10s}" if i else f"{c:24s}" for i, c in enumerate(row[:6])))
     report.plot_comparison(differing, output / "report" / "comparison.png", names=names)
     report.plot_method_bars(
         {m: {n: s["per_class"][n]["iou"] for n in names} for m, s in methods.items()},
@@ -163,5 +165,3 @@ def _write(output: Path, result, differing, names, runs) -> None:
         },
         config=json.dumps({n: r.config.to_dict() for n, r in runs.items()}, indent=2),
     )
-    for row in table:
-        print("  ".join(f"{c:>10s}" if i else f"{c:24s}" for i, c in enumerate(row[:6])))

@@ -1,8 +1,10 @@
 """Masks and overlays for images of any size, from a trained run."""
 
 import contextlib
+import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +141,7 @@ def output_names(paths: list[Path]) -> list[str]:
     """
 
     def clashes(names: list[str]) -> set[str]:
-        return {name for name in names if names.count(name) > 1}
+        return {name for name, count in Counter(names).items() if count > 1}
 
     names = [path.stem for path in paths]
     for rename in (
@@ -148,9 +150,12 @@ def output_names(paths: list[Path]) -> list[str]:
     ):
         taken = clashes(names)
         names = [rename(n, p) if n in taken else n for n, p in zip(names, paths, strict=True)]
-    for number, name in enumerate(names):
-        if name in clashes(names):
-            names[number] = f"{name}_{number}"
+    taken, used = clashes(names), set(names)
+    for place, name in enumerate(names):
+        if name in taken:
+            free = (f"{name}_{number}" for number in itertools.count(place))
+            names[place] = next(name for name in free if name not in used)
+            used.add(names[place])
     return names
 
 
@@ -226,6 +231,12 @@ def _masks(run: Run, classes: Sequence[str]) -> dict[str, int | None]:
             raise ConfigError(f"--classes has {name!r}; the run in --workdir knows {known}")
     if classes:
         stems = {name: re.sub(r"[^\w-]+", "_", name) for name in classes}
+        counts = Counter(stems.values())
+        if alike := [name for name, stem in stems.items() if counts[stem] > 1]:
+            raise ConfigError(
+                f"--classes has {' and '.join(map(repr, alike))}, whose files would have one name; ask for "
+                "them one at a time, with another --outputs"
+            )
         return {f"{stem}_mask.png": names.index(name) for name, stem in stems.items()}
     return {"classes.png": None} if several else {"mask.png": 1}
 

@@ -351,6 +351,12 @@ def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     metrics, images = score(run.params, label="evaluate")
     size = list(score.task.size)  # of images and masks, which need not be the files' own
     result = {"step": run.step, "split": config.eval.split, "scored_size": size, **metrics}
+    if config.eval.checkpoint != "latest":
+        result["checkpoint"] = config.eval.checkpoint
+    if make_inference(config, run.task.model.stride) is not None:
+        e = config.eval
+        how = dict(scales=list(e.scales), flip=e.flip, window=list(e.window), overlap=e.overlap)
+        result["inference"] = how
     if jax.process_index() == 0:
         write_json(workdir / "eval.json", result)
         print(_summary(result), flush=True)

@@ -143,6 +143,8 @@ def test_windows_scales_and_flips_are_averaged(trained):
     more = run.evaluate(workdir, quiet | {"eval.scales": (1.0, 1.5), "eval.flip": True})
     assert np.sum(more["confusion"]) == np.sum(result["confusion"])
     mirrored = run.evaluate(workdir, quiet | {"eval.flip": True})
+    assert "inference" not in result and mirrored["inference"]["flip"] is True
+    assert more["inference"]["scales"] == [1.0, 1.5]
     restored = run.restore(workdir, {})
     predictor, confusion = predict.Predictor(restored), np.zeros((len(CLASSES),) * 2, int)
     source = experiment.make_source(restored.config, "val")
@@ -172,6 +174,9 @@ def test_compare(trained, tmp_path):
     constant = methods["always background"]
     assert constant["per_class"]["background"]["recall"] == 1.0
     assert constant["per_class"]["blob"]["iou"] == 0.0
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write to --workdir"):
+        compare.compare(folders, {}, tmp_path / "file")
     page = (tmp_path / "c" / "report" / "comparison.html").read_text()
     assert "always background" in page and 'src="comparison.png"' in page
 

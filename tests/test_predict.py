@@ -1,10 +1,13 @@
 """Names of outputs and sizes at which images are segmented."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from jaxseg.predict import output_names, working_shape
+from jaxseg.config import ConfigError
+from jaxseg.predict import _masks, output_names, working_shape
 
 
 def test_names_are_stems_and_clashes_are_told_apart():
@@ -12,6 +15,22 @@ def test_names_are_stems_and_clashes_are_told_apart():
     assert output_names(paths) == ["a_x", "b_x", "c_y_png", "c_y_jpg", "z"]
     awkward = [Path(p) for p in ("a/b/x.png", "c/b/x.png", "x.png")]
     assert len(set(output_names(awkward))) == 3
+    taken = [Path(p) for p in ("o/a_x_jpg_1.jpg", "p/a/x.jpg", "q/a/x.jpg")]
+    assert len(set(output_names(taken))) == 3
+
+
+def test_names_of_many_images_take_no_time():
+    begin = time.process_time()
+    names = output_names([Path(f"{i % 90}/{i // 2}.jpg") for i in range(20_000)])
+    assert len(set(names)) == 20_000 and time.process_time() - begin < 10
+
+
+def test_classes_whose_files_would_be_one_are_named():
+    task = SimpleNamespace(names=("background", "a b", "a/b", "c"))
+    run = SimpleNamespace(task=task, config=SimpleNamespace(task="multiclass"))
+    assert _masks(run, ("a b", "c")) == {"a_b_mask.png": 1, "c_mask.png": 3}
+    with pytest.raises(ConfigError, match="'a b' and 'a/b', whose files would have one name"):
+        _masks(run, ("a b", "a/b"))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 5000), (480, 854), (10, 4000), (4000, 10)])

@@ -103,6 +103,7 @@ class Coco:
         _annotate(annotated, labels, content, file)
         self._images = list(annotated.values())
         self._overlap, self._crowd = overlap, crowd
+        self._sizes: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -111,19 +112,16 @@ class Coco:
         """Reads one: image uint8 HxWx3, mask uint8 HxW of class ids (255: void), category 0, name."""
         image = self._images[index]
         pixels = read_image(image.path)
-        size = pixels.shape[:2]
-        if image.size and image.size != size:
-            raise DataError(
-                f"{image.path} is {size[1]}x{size[0]} but its annotations say {image.size[1]}x"
-                f"{image.size[0]} (width x height): they must agree"
-            )
-        mask = self._mask(image.annotations, size)
+        mask = self._mask(image.annotations, _agreed(image, pixels.shape[:2]))
         return {"image": pixels, "mask": mask, "category": 0, "name": image.name}
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Returns every (height, width): as the JSON says, or from the image's header."""
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda image: image.size or image_size(image.path), self._images))
+        """Returns every (height, width), from the headers, and checks that the JSON says the same."""
+        if self._sizes is None:
+            with ThreadPoolExecutor(16) as pool:
+                found = pool.map(lambda image: _agreed(image, image_size(image.path)), self._images)
+                self._sizes = list(found)
+        return self._sizes
 
     def _mask(self, annotations: Sequence[_Annotation], size: tuple[int, int]) -> np.ndarray:
         drawn = [(a, _region(a.shape, size)) for a in annotations]
@@ -139,6 +137,16 @@ class Coco:
                 value = np.where((window == 0) | (window == value), value, VOID)
             np.copyto(window, value, where=inside, casting="unsafe")
         return np.where(objects, objects, crowds)
+
+
+def _agreed(image: _Image, size: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) of an image, which its annotations may give as well."""
+    if image.size and image.size != size:
+        raise DataError(
+            f"{image.path} is {size[1]}x{size[0]} but its annotations say {image.size[1]}x"
+            f"{image.size[0]} (width x height): they must agree"
+        )
+    return size
 
 
 def _region(shape: tuple[np.ndarray, ...] | np.ndarray, size: tuple[int, int]) -> Region:
@@ -305,7 +313,10 @@ def _annotation(record: dict, label: int, image: _Image) -> _Annotation:
             f"segmentation is {'empty' if stored == [] else type(stored).__name__}: allowed are a "
             "list of polygons, and run lengths {counts, size}"
         )
-    return _Annotation(label, bool(record.get("iscrowd", 0)), shape)
+    crowd = record.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise ValueError(f"iscrowd is {crowd!r}: allowed are 0 and 1")
+    return _Annotation(label, bool(crowd), shape)
 
 
 def _runs(counts: Sequence[int] | str, size: Any, image: tuple[int, int]) -> np.ndarray:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 from jaxseg.evaluate.palette import VOID_COLOR, colorize, palette
+from jaxseg.files import replacing
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
@@ -385,4 +386,5 @@ def write_page(
         f"<table><tr>{''.join(f'<th>{c}</th>' for c in head)}</tr>{lines}</table>"
         f"{pictures}<h2>Config</h2><pre>{html.escape(config)}</pre>"
     )
-    path.write_text(_PAGE.format(title=html.escape(title), body=body))
+    with replacing(path) as temporary:
+        temporary.write_text(_PAGE.format(title=html.escape(title), body=body), encoding="utf-8")

@@ -320,6 +320,10 @@ def test_bad_files(tmp_path):
     write_image(tmp_path / "train2017" / "a.png", np.zeros((9, 8, 3), np.uint8))
     with pytest.raises(DataError, match=r"a\.png is 8x9 but its annotations say 60x40"):
         Coco(tmp_path, "train")[0]
+    with pytest.raises(DataError, match=r"a\.png is 8x9 but its annotations say 60x40"):
+        Coco(tmp_path, "train").sizes()
+    put(tmp_path, [note(1, 2, box(0, 0, 5, 5), iscrowd="0")])
+    fails("iscrowd is '0': allowed are 0 and 1")
 
 
 def test_where_files_are(tmp_path):
