@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxseg.models import vit
+from jaxseg.train import speed
 from jaxseg.train.speed import compiled, product_flops
 
 
@@ -32,6 +33,13 @@ def test_loops_count_as_often_as_they_run():
     either = jax.lax.platform_dependent
     both = product_flops(lambda a, b: either(a, b, cpu=jnp.matmul, default=jnp.matmul), a, b)
     assert both == looped
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_the_rate_counts_the_products_that_are_timed(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(speed, "best_seconds", lambda f, x, repeats: product_flops(f, x))
+    assert speed.matmul_rate("float32", 64) == 1
 
 
 def test_fused_attention_counts_as_its_products(monkeypatch):
