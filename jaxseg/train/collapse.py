@@ -18,6 +18,9 @@ _STEPS = 40
 # Outputs that never came apart are reported after so many.
 _PATIENCE = 1000
 _FAR = 0.5
+# A student farther from its teacher than the teacher is long, for `_STEPS`, runs away: whether its outputs
+# then collapse within 200 steps or later is decided by rounding errors. Healthy ones are at some 0.1.
+_AWAY = 1.0
 # A teacher that keeps so little of itself is the student: one step apart they are momentum * update.
 _SAME = 0.1
 
@@ -36,8 +39,8 @@ MESSAGES = {
         "to 0.04 to 0.07"
     ),
     "learning rate": (
-        "all images get the same output, and the student is far from its teacher: the learning rate is "
-        "too high. Lower config.optim.lr, or lengthen config.optim.warmup"
+        "the student is far from its teacher, for long or with the same output for all images: the "
+        "learning rate is too high. Lower config.optim.lr, or lengthen config.optim.warmup"
     ),
     "uniform": (
         "all images get the same, uniform output; the loss rests at ln K. Lower "
@@ -67,6 +70,7 @@ class CollapseMonitor:
         self._student_temperature = student_temperature
         self._highest = highest
         self._since: int | None = None  # the step from which it has been low
+        self._away: int | None = None  # the step from which the student has been away
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Takes what was logged at `step`."""
@@ -82,6 +86,10 @@ class CollapseMonitor:
             return "centre"
         if step > 1 and values["teacher_distance"] < _SAME * values["update_ratio"]:
             return "shared"
+        away = values["teacher_distance"] > _AWAY
+        self._away = (self._away or step) if away else None
+        if away and step - self._away >= _STEPS:
+            return "learning rate"
         divergence = values["teacher_kl"]
         self._highest = max(self._highest, divergence)
         if divergence >= min(_CLOSE, _FALLEN * self._highest):

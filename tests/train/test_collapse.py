@@ -124,3 +124,10 @@ def test_outputs_that_never_came_apart():
     equal = {"teacher_kl": 1e-5, "teacher_entropy": 0.9999}
     assert _feed([(step, equal) for step in range(0, 900, 50)]) == []
     assert _feed([(step, equal) for step in range(0, 1100, 50)]) == ["uniform"]
+
+
+def test_a_student_that_runs_away_is_named_whatever_its_outputs():
+    away = {"teacher_distance": 1.2}
+    assert _feed([(step, away) for step in range(10, 60, 10)]) == ["learning rate"]
+    back = [(step, {} if step == 30 else away) for step in range(10, 60, 10)]
+    assert _feed(back) == []
