@@ -181,7 +181,7 @@ def image_counts(
     `boundary_widths` of its own size.
     """
     arguments = (prediction_BxHxW, labels_BxHxW, valid_BxHxW)
-    width, radius = widths or boundary_widths(*labels_BxHxW.shape[1:])
+    width, radius = widths or (None, None)
     counts = {
         "confusion": confusion(*arguments, classes=classes),
         "boundary": boundary_counts(*arguments, classes=classes, width=width),

@@ -52,8 +52,7 @@ def read_image(
     pixels are laid over mid-grey. Of several frames the first is read.
 
     With `at_least` = (height, width) a JPEG may come out at 1/2, 1/4 or 1/8 of its size, the smallest
-    that is no smaller than what fits into it: half the time for a photo of twice the size, a tenth
-    for one from a phone.
+    that is no smaller than what fits into it, which saves time: half, for a photo of twice the size.
 
     Raises:
       DataError: if the file is missing, truncated, no image, or of float pixels.

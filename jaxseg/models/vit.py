@@ -137,10 +137,16 @@ _FUSED_FROM = 128
 
 
 def _fused(dtype: Any, tokens: int) -> bool:
-    """Whether cuDNN's attention, which keeps no [N, N] array, takes over: half precision on CUDA."""
+    """Whether cuDNN's attention, which keeps no [N, N] array, takes over.
+
+    It is for half precision on CUDA, from the Ampere generation (8.0) on.
+    """
     if jnp.dtype(dtype).itemsize != 2 or tokens < _FUSED_FROM:
         return False
-    return "cuda" in jax.devices()[0].client.platform_version
+    device = jax.devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return False
+    return float(device.compute_capability) >= 8
 
 
 def _attend_fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
