@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.models.dense import Dense
 from jaxseg.models.guided import space_to_depth
 from jaxseg.ops.attention import additive, scaled_dot_product
 from jaxseg.ops.resize import resize_bilinear
@@ -67,9 +68,9 @@ class ClassAttention(nn.Module):
         _check_option("attention", self.attention, ATTENTIONS)
         _check_option("context", self.context, CONTEXTS)
         _check_option("norm", self.norm, NORMS)
-        linear = partial(nn.Dense, self.width, use_bias=False)
+        linear = partial(Dense, self.width, use_bias=False)
         conv = partial(nn.Conv, self.channels, (3, 3), use_bias=False)
-        self.class_query = nn.Dense(self.width)
+        self.class_query = Dense(self.width)
         self.to_query, self.to_key, self.to_value = linear(), linear(), linear()
         if self.attention == "additive":
             self.score = self.param(
@@ -79,7 +80,7 @@ class ClassAttention(nn.Module):
             self.standardise = nn.LayerNorm(use_bias=False, use_scale=False)
             self.drop = nn.Dropout(self.dropout, broadcast_dims=(1, 2))
             self.to_gain = linear()
-            self.reduce, self.reduce_norm = nn.Dense(self.channels), _Norm(self.norm)
+            self.reduce, self.reduce_norm = Dense(self.channels), _Norm(self.norm)
         # A convolution of what is joined is the sum of one of each; the low-level one needs no query.
         self.join_low, self.join_context = conv(), conv()
         self.join_norm, self.decode_conv, self.decode_norm = (
@@ -87,9 +88,9 @@ class ClassAttention(nn.Module):
             conv(),
             _Norm(self.norm),
         )
-        self.classify = nn.Dense(self.outputs)
+        self.classify = Dense(self.outputs)
         self.stem = [nn.Conv(c, (3, 3)) for c in (16, self.low_channels)]
-        self.low, self.low_norm = nn.Dense(self.low_channels, use_bias=False), _Norm(self.norm)
+        self.low, self.low_norm = Dense(self.low_channels, use_bias=False), _Norm(self.norm)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.models.dense import Dense
 from jaxseg.models.guided import depth_to_space
 from jaxseg.models.resnet import NORMS
 from jaxseg.ops.resize import resize_bilinear
@@ -74,10 +75,6 @@ def _norm(x_BxhxwxC: jax.Array, kind: str, *, train: bool, name: str = "norm") -
     return norm(x_BxhxwxC)
 
 
-def _rows(x_BxhxwxC: jax.Array) -> jax.Array:
-    return x_BxhxwxC.reshape(-1, x_BxhxwxC.shape[-1])
-
-
 class ConvNorm(nn.Module):
     """A convolution without bias, a norm and ReLU.
 
@@ -99,8 +96,7 @@ class ConvNorm(nn.Module):
     def __call__(self, x_BxhxwxC: jax.Array, *, train: bool = False) -> jax.Array:
         if self.size == self.stride == 1:
             # One matrix product: on CPUs its gradients take half the time of the convolution's.
-            x = nn.Dense(self.features, use_bias=False, name="conv")(_rows(x_BxhxwxC))
-            x = x.reshape(*x_BxhxwxC.shape[:3], self.features)
+            x = Dense(self.features, use_bias=False, name="conv")(x_BxhxwxC)
         else:
             x = nn.Conv(
                 self.features,
@@ -237,7 +233,7 @@ class AtrousSpatialPyramid(nn.Module):
 
 def _classify(x_BxhxwxC: jax.Array, outputs: int, size: tuple[int, int]) -> jax.Array:
     init = nn.initializers.normal(0.01)
-    return resize_bilinear(nn.Dense(outputs, kernel_init=init, name="classify")(x_BxhxwxC), size)
+    return resize_bilinear(Dense(outputs, kernel_init=init, name="classify")(x_BxhxwxC), size)
 
 
 class AuxiliaryHead(nn.Module):
@@ -386,6 +382,6 @@ class DeepLabV3Plus(DeepLabV3):
             if i:
                 x = nn.gelu(nn.LayerNorm(epsilon=1e-6, name=f"expand_norm{i}")(x))
             # Kernel and stride are the same, so the windows of a transposed convolution never meet.
-            x = nn.Dense(factor * factor * width, name=f"expand{i}")(x)
+            x = Dense(factor * factor * width, name=f"expand{i}")(x)
             x = depth_to_space(x, factor)
         return x

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jaxseg.models.dense import Dense
 from jaxseg.models.pac import stages
 
 
@@ -71,7 +72,7 @@ class TokenContext(nn.Module):
     def __call__(self, tokens_BxhxwxC: jax.Array, *, train: bool = False) -> jax.Array:
         drop = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)
         x = drop(tokens_BxhxwxC)
-        x = nn.gelu(nn.GroupNorm(8, name="norm")(nn.Dense(self.width, name="project")(x)))
+        x = nn.gelu(nn.GroupNorm(8, name="norm")(Dense(self.width, name="project")(x)))
         for i, d in enumerate(self.dilations):
             y = nn.Conv(self.width, (3, 3), kernel_dilation=(d, d), name=f"dilated{i}")(x)
             x = x + nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(y))
@@ -119,10 +120,10 @@ class GuidedDecoder(nn.Module):
         x = TokenContext(self.width, self.dilations, self.dropout, name="context")(
             tokens, train=train
         )
-        context = nn.Dense(self.outputs, name="classify")(x)
+        context = Dense(self.outputs, name="classify")(x)
         if self.prior:
             zero = nn.initializers.zeros
-            prior = nn.Dense(self.outputs, kernel_init=zero, name="prior")(relative(tokens))
+            prior = Dense(self.outputs, kernel_init=zero, name="prior")(relative(tokens))
             # In training half of the images go without: the prior fits those best which it was
             # solved for, and would leave the rest of the head little to learn. Where it is always
             # there it counts half, as in the original dropout (Srivastava et al., JMLR 2014).
@@ -138,7 +139,7 @@ class GuidedDecoder(nn.Module):
             guide = pyramid[level - 1]
             channels = guide.shape[-1]
             # Projected before it is doubled, and added, not concatenated: a third of the cost.
-            x = double(nn.Dense(channels, name=f"reduce{level}")(x)) + guide
+            x = double(Dense(channels, name=f"reduce{level}")(x)) + guide
             x = nn.gelu(nn.Conv(channels, (3, 3), name=f"decode{level}")(x))
             logits = double(logits)
         zero = nn.initializers.zeros

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxseg.models.dense import Dense
 from jaxseg.ops.resize import interpolate_position_embedding
 
 
@@ -176,7 +177,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the output [B, N, D] and, if asked, the weights [B, heads, N, N], float32."""
         b, n, dim = x_BxNxD.shape
-        qkv = nn.Dense(3 * dim, dtype=self.dtype, kernel_init=_weight_init, name="qkv")(x_BxNxD)
+        qkv = Dense(3 * dim, dtype=self.dtype, kernel_init=_weight_init, name="qkv")(x_BxNxD)
         qkv = qkv.reshape(b, n, 3, self.heads, dim // self.heads)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))
         q = q * (dim // self.heads) ** -0.5
@@ -187,7 +188,7 @@ class Attention(nn.Module):
         else:
             out = jax.lax.platform_dependent(q, k, v, cpu=_attend_in_pieces, default=_attend)
         out = jnp.swapaxes(out, 1, 2).reshape(b, n, dim)
-        out = nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(out)
+        out = Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="proj")(out)
         if not with_weights:
             return out, None
         logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
@@ -203,10 +204,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxNxD: jax.Array) -> jax.Array:
         dim = x_BxNxD.shape[-1]
-        x = nn.Dense(self.ratio * dim, dtype=self.dtype, kernel_init=_weight_init, name="fc1")(
-            x_BxNxD
-        )
-        return nn.Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="fc2")(gelu(x))
+        x = Dense(self.ratio * dim, dtype=self.dtype, kernel_init=_weight_init, name="fc1")(x_BxNxD)
+        return Dense(dim, dtype=self.dtype, kernel_init=_weight_init, name="fc2")(gelu(x))
 
 
 def drop_path(x_BxNxD: jax.Array, keys_B: jax.Array | None, rate: float) -> jax.Array:
