@@ -4,10 +4,11 @@ import logging
 import sys
 from pathlib import Path
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
+
+from jaxseg.huge_pages import restart_with_huge_pages
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, such as configs/pac_objseg.py."
@@ -77,6 +78,9 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value:
         sys.exit("error: --workdir= is empty; give the folder of the run")
     _log_to_terminal()
+    # Only here, since a new start repeats every import before it.
+    import jax
+
     if _DISTRIBUTED.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     from jaxseg import modes
@@ -98,4 +102,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages(__file__)
     app.run(main, flags_parser=_parse)

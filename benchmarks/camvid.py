@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.deeplab_multiclass import get_config  # noqa: E402
 from jaxseg import run  # noqa: E402
+from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
 
 COLUMNS = ("miou", "pixel_accuracy", "mean_accuracy", "boundary_iou")
 
@@ -53,4 +54,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages(__file__)
     main()

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jaxseg.data.large import LargeImage, PngWriter  # noqa: E402
 from jaxseg.data.shapes import Shapes  # noqa: E402
 from jaxseg.evaluate.tiles import default_overlap, plan, predict_tiles  # noqa: E402
+from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
 from jaxseg.ops.resize import resize_bilinear  # noqa: E402
 from jaxseg.run import restore  # noqa: E402
 
@@ -228,4 +229,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages(__file__)
     main()

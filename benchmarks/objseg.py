@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.pac_objseg import get_config  # noqa: E402
 from jaxseg import run  # noqa: E402
 from jaxseg.data import Folder  # noqa: E402
+from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
 
 # Head, preset, epochs.
 RECIPES = {
@@ -95,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages(__file__)
     main()

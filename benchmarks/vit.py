@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
 from jaxseg.models import vit  # noqa: E402
 from jaxseg.train.speed import best_seconds, matmul_rate  # noqa: E402
 
@@ -69,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages(__file__)
     main()

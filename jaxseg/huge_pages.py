@@ -1,0 +1,32 @@
+"""Huge pages for XLA's CPU backend, whose temporary arrays else cost a page fault every 4 KiB."""
+
+import os
+import sys
+from pathlib import Path
+
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_TUNABLE = "glibc.malloc.hugetlb"
+
+
+def restart_with_huge_pages(script: str, *, setting: Path = _SETTING) -> None:
+    """Starts the running program again, in the same process, with glibc's malloc asking for huge pages.
+
+    XLA allocates a step's temporary arrays anew each time, so the kernel fills hundreds of megabytes
+    with zeros page by page: up to a third of a step. malloc reads its settings before `main`, hence the
+    new start, which costs what has been imported so far. Nothing happens where the kernel gives huge
+    pages unasked or not at all, where `GLIBC_TUNABLES` says something of them already, and where
+    `script` is not what Python was started with (in a notebook).
+
+    Args:
+      script: the running program's `__file__`.
+      setting: the kernel's file that says who gets huge pages.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    started = any(Path(argument).name == Path(script).name for argument in sys.orig_argv)
+    try:
+        asked_for = "[madvise]" in setting.read_text()
+    except OSError:
+        return
+    if asked_for and started and _TUNABLE not in tunables:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{_TUNABLE}=1"]))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
