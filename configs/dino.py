@@ -7,10 +7,11 @@
 and the classes serve k-NN alone). Afterwards `--config.backbone.weights=W` uses the teacher's backbone
 in `configs/pac_objseg.py`, and `--mode=analyze` shows what it learnt.
 
-Without a preset: ViT-S/16 by the paper's recipe. Presets, after a colon:
-  s16          the same on ImageNet through TFDS, prepared as array_record (100 epochs, batch 512, on 8
-               GPUs; the paper: k-NN 69.3, linear 74.0, which compare with all training images:
-               `--config.eval.limit=0`).
+Without a preset: ViT-S/16 by the paper's recipe, with crops of images that have been fitted into
+`data.size`, 256 x 256. Presets, after a colon:
+  s16          the same on ImageNet through TFDS, prepared as array_record, fitted into 384 x 384 (100
+               epochs, batch 512, on 8 GPUs; the authors' code: k-NN 69.3, linear 74.0, which compare
+               with all training images: `--config.eval.limit=0`).
   small        low-resolution images, few of them, one GPU: 32 x 32 pixels, ViT with patch 4.
   laptop       a small ResNet, within half an hour on two CPU cores (20,000 images of CIFAR-10: k-NN
                0.506, untrained 0.317).
@@ -76,7 +77,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if "s16" in presets:
         config.data.update(name="tfds", size=(384, 384))
         config.data.tfds.update(name="imagenet2012", mask_key="", label_key="label")
-        config.dino.norm_last_layer = False
         config.eval.update(resolution=224, crop=0.875, limit=50000)
         config.train.update(batch=512, eval_every=5000)
     if "small" in presets or "laptop" in presets:

@@ -116,23 +116,29 @@ class _Analysis:
         self.names = tuple(self.held_out.categories)
         self.result: dict[str, Any] = {"subject": subject, "split": config.eval.split}
         self.pictures: dict[str, tuple[str, Callable[[Path], Any]]] = {}
-        prepare = pretrain.make_input(config, backbone)
+        # Not part of the compiled program: images of many sizes are resized to few.
+        self._prepare = pretrain.make_input(config, backbone)
         options = {"attention": True} if isinstance(backbone, ViT) else {}
 
         def look(variables, image):
-            out = backbone.apply(variables, prepare(image), **options)
-            return {k: out[k] for k in ("patches", "attention") if k in out}
+            out = backbone.apply(variables, image, **options)
+            attention = {"attention": out["attention"][:, :, :1]} if options else {}
+            return {"patches": out["patches"], **attention}
 
-        self._apply = jax.jit(look)
+        self._apply = jax.jit(look, out_shardings=partition.replicated(mesh))
         embed = pretrain.make_embedding(config, backbone)
         # At most 32 x 32, which is CIFAR's size and enough for a baseline.
         side = (min(32, self.size[0]), min(32, self.size[1]))
 
         def compute(variables, batch):
             small = center_crops(batch["image"], batch["extent"], side, share=config.eval.crop)
-            return {**embed(variables, batch), "pixels": small.reshape(len(small), -1)}
+            pixels = jnp.round(255 * small).astype(jnp.uint8).reshape(len(small), -1)
+            return {**embed(variables, batch), "pixels": pixels}
 
         self._gather = features.Gatherer(compute, mesh)
+        # Now, so that hours of work do not end at a folder that cannot be written.
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> dict[str, Any]:
         found = self._features(self.held_out, self.variables)
@@ -162,14 +168,15 @@ class _Analysis:
         if not len(train["cls"]):
             return
         untrained = self._untrained(reference)
-        mean = train["pixels"].mean(0)
+        pixels = [x["pixels"].astype(np.float32) / 255 for x in (train, found)]
+        mean = pixels[0].mean(0)
         rows = {
             "backbone": (train["cls"], found["cls"]),
             "untrained": tuple(
                 pretrain.labelled(self._features(source, untrained))["cls"]
                 for source in (reference, self.held_out)
             ),
-            "pixels": (train["pixels"] - mean, found["pixels"] - mean),
+            "pixels": tuple(x - mean for x in pixels),
         }
         labels, truth = train["category"], found["category"]
         k = min(self.config.eval.k, len(labels))
@@ -215,10 +222,11 @@ class _Analysis:
             return {**variables, **changed}
 
         # Whole batches alone: what fills one up would count in its statistics.
-        batch = max(self.mesh.size, self.config.eval.batch // self.mesh.size * self.mesh.size)
+        most = min(self.config.eval.batch, len(reference))
+        batch = max(most // self.mesh.size * self.mesh.size, 1)
         config = self.config.copy_and_resolve_references()
         config.eval.batch = batch
-        count = min(_CALIBRATION, len(reference)) // batch * batch or len(reference)
+        count = min(_CALIBRATION, len(reference)) // batch * batch
         batches, _ = pretrain.Reader(config, reference, self.size).spread(count)
         before, left = variables["batch_stats"], 1.0
         for batch in batches:
@@ -264,19 +272,21 @@ class _Analysis:
 
     def _tsne(self, found: Mapping[str, np.ndarray]) -> None:
         labelled = self._labelled(found)
+        picked = sources.spread(len(found["cls"]), _TSNE_POINTS)
         snapshots = []
         for path in sorted((self.workdir / "features").glob("[0-9]*.npz")):
             if int(path.stem) > self.step:  # of an attempt that was cut short
                 continue
             with np.load(path) as kept:
                 # Of these images alone: since then another limit, split or data set may have been asked for.
-                same = len(kept["cls"]) == len(found["cls"]) and tuple(kept["names"]) == self.names
+                category = kept["category"]
+                same = len(category) == len(found["cls"]) and tuple(kept["names"]) == self.names
                 if not same or str(kept["split"]) != self.config.eval.split:
                     continue
-                cls, category = kept["cls"].astype(np.float32), kept["category"]
-            snapshots.append((f"step {int(path.stem)}", cls, category if labelled else None))
+                cls = kept["cls"][picked].astype(np.float32)
+            category = category[picked] if labelled else None
+            snapshots.append((f"step {int(path.stem)}", cls, category))
         if not snapshots:
-            picked = sources.spread(len(found["cls"]), _TSNE_POINTS)
             category = found["category"][picked] if labelled else None
             snapshots = [(self.subject, found["cls"][picked], category)]
         if len(snapshots[0][1]) < 10:
@@ -284,9 +294,7 @@ class _Analysis:
         self._show(
             "tsne.png",
             "t-SNE of the features",
-            lambda path: embedding.plot_tsne(
-                snapshots, self.names if labelled else (), path, points=_TSNE_POINTS
-            ),
+            lambda path: embedding.plot_tsne(snapshots, self.names if labelled else (), path),
         )
 
     def _dense(self) -> None:
@@ -314,23 +322,24 @@ class _Analysis:
             return
         limit = self.config.eval.limit or len(self.held_out)
         chosen = sources.spread(len(self.held_out), limit)
-        looks = [self._look(self.held_out[int(i)]) for i in chosen]
-        self.result["attention_jaccard"] = attention_maps.attention_jaccard(
-            [attention for _, _, attention, _ in looks], [mask for *_, mask in looks]
-        )
+        looks = [self._look(self.held_out[int(i)])[2:] for i in chosen]
+        if any(attention_maps.has_foreground(mask) for _, mask in looks):
+            self.result["attention_jaccard"] = attention_maps.attention_jaccard(
+                [attention for attention, _ in looks], [mask for _, mask in looks]
+            )
+        else:
+            log.warning("no overlap of attention and objects: none of %d masks has any", len(looks))
 
     def _look(self, example: Mapping[str, Any]):
         """(image, patch tokens, attention [heads, h, w] or None, mask or None) of an example."""
         example = sources.fit(dict(example), self.size, multiple=1)
         h, w = example.get("extent", example["image"].shape[:2])
         example = {k: example[k][:h, :w] for k in ("image", "mask") if k in example}
-        out = self._apply(self.variables, jnp.asarray(example["image"][None]))
-        patches = np.asarray(out["patches"][0])
-        attention = None
+        image = np.asarray(self._prepare(example["image"][None]))
+        out = jax.device_get(self._apply(self.variables, image))
+        patches, attention = out["patches"][0], None
         if "attention" in out:
-            attention = attention_maps.cls_attention(
-                np.asarray(out["attention"]), patches.shape[:2]
-            )[0]
+            attention = attention_maps.cls_attention(out["attention"], patches.shape[:2])[0]
         return example["image"], patches, attention, example.get("mask")
 
     def _show(self, name: str, caption: str, draw: Callable[[Path], Any]) -> None:
@@ -338,7 +347,7 @@ class _Analysis:
         self.pictures[name] = (caption, draw)
 
     def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        print(_summary(self.result), flush=True)
         write_json(self.workdir / "analysis.json", self.result)
         captions = {}
         if report.plot_curves(read_metrics(self.workdir), self.folder / "curves.png"):
@@ -353,7 +362,6 @@ class _Analysis:
             captions=captions,
             config=json.dumps(self.config.to_dict(), indent=2),
         )
-        print(_summary(self.result), flush=True)
 
 
 def _table(result: Mapping[str, Any]) -> list[list[str]]:

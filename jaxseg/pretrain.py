@@ -257,14 +257,15 @@ def _monitor(config: ml_collections.ConfigDict, workdir: Path):
         return None
     monitor: list[CollapseMonitor] = []
 
-    def watch(step: int, values: Mapping[str, float]) -> None:
+    def watch(step: int, values: Mapping[str, float]) -> dict[str, str]:
         # Not sooner: what an earlier attempt logged after the newest checkpoint is gone only now.
         if not monitor:
             rows = (row.get("teacher_kl", 0.0) for row in read_metrics(workdir))
             monitor.append(
                 CollapseMonitor(config.dino.student_temperature, highest=max(rows, default=0.0))
             )
-        monitor[0](step, values)
+        mode = monitor[0](step, values)
+        return {"collapse": mode} if mode else {}
 
     return watch
 
@@ -321,6 +322,10 @@ class Judge:
       size: (H, W) of the canvas.
       mesh: all devices.
 
+    Attributes:
+      classes: their names.
+      compared_with: once called, the `k` and the number of `train_images` of k-NN, where there is one.
+
     Raises:
       DataError: there is no such split, or something is wrong with it.
     """
@@ -330,6 +335,7 @@ class Judge:
         held_out = make_source(config, config.eval.split)
         self._held_out = Reader(config, held_out, size)
         self.classes = tuple(held_out.categories)
+        self.compared_with: dict[str, int] = {}
         reference = knn_reference(config, held_out)
         self._reference = None if reference is None else Reader(config, reference, size)
         self._embed = features.Gatherer(make_embedding(config, task.backbone), mesh)
@@ -364,6 +370,7 @@ class Judge:
         queries = labelled(found)
         if len(train["cls"]) and len(queries["cls"]):
             k = min(self._config.eval.k, len(train["cls"]))
+            self.compared_with = {"k": k, "train_images": len(train["cls"])}
             metrics["knn"] = knn.knn_accuracy(
                 train["cls"],
                 train["category"],
@@ -506,11 +513,12 @@ def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Restores the run in `workdir`, scores it, and writes `eval.json`."""
     run = restore(workdir, overrides)
     size = image_size(run.config, make_source(run.config, run.config.eval.split), run.size)
-    metrics, found = Judge(run.config, run.task, size, run.mesh)(run.state)
+    judge = Judge(run.config, run.task, size, run.mesh)
+    metrics, found = judge(run.state)
     split, count = run.config.eval.split, len(found["cls"])
-    result = {"step": run.step, "split": split, "images": count, **metrics}
+    result = {"step": run.step, "split": split, "images": count, **metrics, **judge.compared_with}
     if jax.process_index() == 0:
-        write_json(workdir / "eval.json", result)
         lines = [f"{split} at step {run.step}, {count} images"]
         print("\n".join(lines + [f"  {k:22s} {v:.4f}" for k, v in metrics.items()]), flush=True)
+        write_json(workdir / "eval.json", result)
     return result

@@ -12,6 +12,7 @@ from tiny import DINO_OVERRIDES, run_main, tiny_arguments, tiny_config
 from configs import dino, rotation
 from jaxseg import analyze, modes, pretrain, run, weights
 from jaxseg.config import ConfigError, check_crops
+from jaxseg.evaluate import report
 from jaxseg.experiment import check_batch, make_source
 from jaxseg.models.backbones import BACKBONES
 
@@ -46,8 +47,9 @@ def workdir(tmp_path_factory):
 def test_what_a_run_leaves(workdir):
     result = json.loads((workdir / "eval.json").read_text())
     assert result["step"] == 6 and result["images"] == 12
-    for key in ("loss", "knn", "rankme", "embedding_std"):
+    for key in ("loss", "knn", "rankme", "embedding_std", "teacher_entropy"):
         assert np.isfinite(result[key])
+    assert result["k"] == 5 and result["train_images"] == 12
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows if "val_knn" in row} == {0, 3, 6}
     logged = [row for row in rows if "loss" in row]
@@ -112,6 +114,40 @@ def test_numbers_outlive_a_picture_that_fails(workdir, tmp_path, monkeypatch):
     assert "knn" in json.loads((tmp_path / "analysis.json").read_text())
 
 
+def test_masks_without_objects_cost_only_the_overlap(workdir, tmp_path, monkeypatch, caplog):
+    fit = analyze.sources.fit
+
+    def without_objects(*arguments, **options):
+        example = fit(*arguments, **options)
+        return example | {"mask": np.zeros_like(example["mask"])}
+
+    monkeypatch.setattr(analyze.sources, "fit", without_objects)
+    result = analyze.analyze(_config(backbone__weights=str(workdir)), {}, tmp_path)
+    assert "attention_jaccard" not in result and "knn" in result
+    assert "none of 12 masks has any" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_ends_an_analysis_before_its_work(
+    workdir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(analyze.features.Gatherer, "__call__", lambda *_, **__: pytest.fail("work"))
+    (tmp_path / "report").write_text("a file")
+    with pytest.raises(OSError, match="report"):
+        analyze.analyze(_config(backbone__weights=str(workdir)), {}, tmp_path)
+
+
+def test_a_collapse_is_kept_in_the_log(tmp_path):
+    watch = pretrain._monitor(_config(), tmp_path)
+    values = dict(teacher_temperature=0.04, center_norm=1.0, teacher_distance=0.1)
+    values |= dict(teacher_momentum=0.996, update_ratio=1e-3, teacher_kl=0.1, teacher_entropy=0.5)
+    assert watch(5, values) == {}
+    broken = values | {"center_norm": 0.0}
+    assert watch(6, broken) == watch(7, broken) == {"collapse": "centre"}
+    rows = [{"step": s, "loss": 1.0, **broken, "collapse": "centre"} for s in (6, 7)]
+    assert report.plot_curves(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_images_are_not_compared_with_themselves(workdir, caplog):
     found = pretrain.evaluate(workdir, {"eval.split": "train"})
     assert "knn" not in found and "every image would find itself" in caplog.text
@@ -161,6 +197,10 @@ def test_rotation(tmp_path):
     assert "attention_jaccard" not in found and found["knn"] == pytest.approx(
         result["knn"], abs=1e-6
     )
+    # What fills up a batch is nothing to the batch norm of the untrained network either.
+    larger = analyze.analyze(None, {"eval.batch": 100}, tmp_path)["beside"]["untrained"]
+    exact = analyze.analyze(None, {"eval.batch": 12}, tmp_path)["beside"]["untrained"]
+    assert larger == pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.slow

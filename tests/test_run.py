@@ -100,7 +100,7 @@ def test_flat_loss_explodes_with_step_and_checkpoint_named(tmp_path):
     config.optim.warmup = 0.5
     config.train.checkpoint_every = 1
     with pytest.raises(
-        NonFiniteLossError, match=r"loss is (nan|inf) at step \d+; last good.*step \d+"
+        NonFiniteLossError, match=r"(loss|norm) is (nan|inf) at step \d+; last good.*step \d+"
     ):
         run.train(config, tmp_path)
 

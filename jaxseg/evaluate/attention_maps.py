@@ -1,7 +1,8 @@
 """What the CLS token looks at in the last block: maps, their mass, and their Jaccard index.
 
 After "visualize_attention" and the VOC12 Jaccard of Caron et al., ICCV 2021: a head's mask is the
-patches that hold 60 % of its attention, and the best head counts for each image.
+patches that hold 60 % of its attention, and the best head counts for each image. All that is not
+background counts as one object, where VOC12's are taken one by one.
 """
 
 from collections.abc import Sequence
@@ -17,22 +18,22 @@ VOID = 255
 _OUTLINE = "#ff40ff"
 
 
-def cls_attention(attention_BxhxNxN: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
-    """The CLS query's attention to the patches: [B, heads, N, N] of `ViT` to [B, heads, h, w].
+def cls_attention(attention_BxhxQxN: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
+    """The CLS query's attention to the patches, [B, heads, h, w].
 
     What went to CLS itself and to registers is dropped, so a map does not sum to 1.
+
+    Args:
+      attention_BxhxQxN: of `ViT`, query by key; of the queries the first, CLS, suffices.
+      grid_hw: (h, w) of the patches, which are the last keys.
 
     Raises:
       ValueError: there are no h*w patches behind a CLS token.
     """
-    attention, (h, w) = np.asarray(attention_BxhxNxN), grid_hw
-    if (
-        attention.ndim != 4
-        or attention.shape[2] != attention.shape[3]
-        or attention.shape[3] <= h * w
-    ):
+    attention, (h, w) = np.asarray(attention_BxhxQxN), grid_hw
+    if attention.ndim != 4 or not attention.shape[2] or attention.shape[3] <= h * w:
         raise ValueError(
-            f"attention has shape {attention.shape}: need [B, heads, N, N] with N > {h}*{w} patches"
+            f"attention has shape {attention.shape}: need [B, heads, Q, N] with N > {h}*{w} patches"
         )
     return attention[:, :, 0, -h * w :].reshape(*attention.shape[:2], h, w)
 
@@ -80,6 +81,11 @@ def upsample(mask_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask_hw[..., rows[:, None], columns]
 
 
+def has_foreground(mask_HxW: np.ndarray) -> bool:
+    """Whether a mask has anything but background, 0, and void, 255."""
+    return bool(((mask_HxW != 0) & (mask_HxW != VOID)).any())
+
+
 def head_jaccard(
     attention_hxhxw: np.ndarray, mask_HxW: np.ndarray, *, mass: float = 0.6
 ) -> np.ndarray:
@@ -103,7 +109,7 @@ def head_jaccard(
             "[H, W]"
         )
     foreground, counts = (mask != 0) & (mask != VOID), mask != VOID
-    if not foreground.any():
+    if not has_foreground(mask):
         return np.full(len(attention_hxhxw), np.nan)
     kept = upsample(keep_mass(attention_hxhxw, mass), mask.shape) & counts
     return (kept & foreground).sum(axis=(1, 2)) / (kept | foreground).sum(axis=(1, 2))

@@ -231,36 +231,55 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
 
 
 def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
-    """Loss, and validation scores where there are any; False if there is nothing to plot."""
-    loss = [(r["step"], r["loss"]) for r in metrics if "loss" in r]
-    scores = {
-        key: [(r["step"], r[f"val_{key}"]) for r in metrics if f"val_{key}" in r]
-        for key in ("miou", "iou", "foreground_iou", "boundary_iou", "knn", "rotation_accuracy")
-    }
-    scores = {key: points for key, points in scores.items() if points}
+    """Loss, validation scores and the signs of a collapse, where there are any; False without a loss."""
+
+    def courses(names: Sequence[str], prefix: str = "") -> dict[str, list[tuple[int, float]]]:
+        found = {n: [(r["step"], r[prefix + n]) for r in metrics if prefix + n in r] for n in names}
+        return {n.replace("_", " "): points for n, points in found.items() if points}
+
+    loss = courses(["loss"]).get("loss")
     if not loss:
         return False
+    scores = courses(
+        ("miou", "iou", "foreground_iou", "boundary_iou", "knn", "rotation_accuracy"), "val_"
+    )
+    signs = courses(("teacher_entropy", "teacher_kl", "feature_spread"))
+    panels = [points for points in (scores, signs) if points]
     figure, axes = plt.subplots(
-        1, 2 if scores else 1, figsize=(11 if scores else 6, 3.5), squeeze=False
+        1, 1 + len(panels), figsize=(6 + 5 * len(panels), 3.5), squeeze=False
     )
     axes[0, 0].plot(*np.array(loss).T, color="#0072b2", linewidth=1)
-    held_out = [(r["step"], r["val_loss"]) for r in metrics if "val_loss" in r]
+    held_out = courses(["loss"], "val_").get("loss")
     if held_out:
         axes[0, 0].plot(*np.array(held_out).T, color="#e69f00", marker=".", label="validation")
         axes[0, 0].legend()
     values = [value for _, value in loss]
     scale = "log" if max(values) > 5 * min(values) > 0 else "linear"
     axes[0, 0].set(xlabel="step", ylabel="training loss", yscale=scale)
-    for key, points in scores.items():
-        axes[0, 1].plot(*np.array(points).T, marker=".", label=key.replace("_", " "))
-    if scores:
-        axes[0, 1].set(xlabel="step", ylabel="validation score")
-        axes[0, 1].legend()
+    for axis, panel in zip(axes[0, 1:], panels, strict=True):
+        style = dict(marker=".") if panel is scores else dict(linewidth=1)
+        for name, points in panel.items():
+            axis.plot(*np.array(points).T, label=name, **style)
+        axis.set(xlabel="step", ylabel="validation score" if panel is scores else "0: collapsed")
+        axis.legend()
+    if signs:
+        _mark_collapse(axes[0, -1], metrics)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     _save(figure, path)
     return True
+
+
+def _mark_collapse(axis, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """A line where each mode of `train.collapse` was first named."""
+    named: dict[str, int] = {}
+    for row in metrics:
+        if "collapse" in row:
+            named.setdefault(row["collapse"], row["step"])
+    for mode, step in named.items():
+        axis.axvline(step, color="#d55e00", linestyle="--", linewidth=1)
+        axis.text(step, 0.5, f" {mode}", color="#d55e00", transform=axis.get_xaxis_transform())
 
 
 def plot_bars(values: Mapping[str, float | None], path: Path, *, label: str) -> None:

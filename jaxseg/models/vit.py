@@ -273,8 +273,9 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """A vision transformer for images of any size that is a multiple of the patch size.
 
-    Parameters are float32; matrix products run in `dtype` (float32 or bfloat16), LayerNorm
-    statistics and softmax in float32. On GPUs and TPUs float32 products follow
+    Parameters are float32; tokens and matrix products are of `dtype` (float32 or bfloat16), and so is
+    the sum of the residual branches, which the reference keeps in float32 under autocast; LayerNorm
+    statistics and softmax are float32. On GPUs and TPUs float32 products follow
     `jax.default_matmul_precision`.
 
     Attributes:

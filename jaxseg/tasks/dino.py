@@ -1,6 +1,7 @@
 """Self-distillation without labels: DINO (Caron et al., ICCV 2021)."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,11 @@ class DinoTask:
             "student_statistics": statistics,
             "teacher_statistics": statistics,
         }
+
+    @property
+    def _most(self) -> float:
+        """The largest entropy there is, ln K."""
+        return math.log(self.head.outputs)
 
     def _example(self) -> jax.Array:
         return jnp.zeros((1, self.views[0].size, self.views[0].size, 3))
@@ -159,14 +165,13 @@ class DinoTask:
             """Over views and valid examples."""
             return jnp.tensordot(weight, x_VxBx.mean(0), (0, 0))
 
-        entropy = -(probabilities * jnp.log(probabilities + 1e-12)).sum(-1)
+        entropy = -(probabilities * jnp.log(probabilities + 1e-12)).sum(-1) / self._most
         unit = features / (jnp.linalg.norm(features, axis=-1, keepdims=True) + 1e-12)
         statistics = {
             "logits": mean(teacher),
             "probabilities": mean(probabilities),
-            "entropy": mean(entropy),
             "direction": mean(unit),
-            "scores": {},
+            "scores": {"teacher_entropy": mean(entropy)},
             "student_statistics": student_statistics,
             "teacher_statistics": teacher_statistics,
         }
@@ -192,19 +197,17 @@ class DinoTask:
             statistics["logits"], extra["center"], 1.0 - self.center_momentum
         )
         average = statistics["probabilities"]
-        most = jnp.log(self.head.outputs)
-        entropy_of_average = -(average * jnp.log(average + 1e-12)).sum()
+        entropy_of_average = -(average * jnp.log(average + 1e-12)).sum() / self._most
         apart = optax.tree.norm(optax.tree.sub(params, teacher)) / optax.tree.norm(teacher)
         logged = {
-            "teacher_entropy": statistics["entropy"] / most,
-            "teacher_kl": (entropy_of_average - statistics["entropy"]) / most,
+            **statistics["scores"],
+            "teacher_kl": entropy_of_average - statistics["scores"]["teacher_entropy"],
             "center_norm": jnp.linalg.norm(center),
             "feature_spread": 1.0 - (statistics["direction"] ** 2).sum(),
             "teacher_distance": apart,
             "teacher_temperature": self.teacher_temperature(step),
             "teacher_momentum": momentum,
         }
-        logged |= statistics["scores"]
         kept = {k: statistics[k] for k in ("student_statistics", "teacher_statistics")}
         return {"teacher": teacher, "center": center, **kept}, logged
 

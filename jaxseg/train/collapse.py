@@ -21,6 +21,8 @@ _FAR = 0.5
 # A student farther from its teacher than the teacher is long, for `_STEPS`, runs away: whether its outputs
 # then collapse within 200 steps or later is decided by rounding errors. Healthy ones are at some 0.1.
 _AWAY = 1.0
+# A slower teacher is farther behind: from so many steps that it averages over, in proportion more is allowed.
+_WINDOW = 250
 # A teacher that keeps so little of itself is the student: one step apart they are momentum * update.
 _SAME = 0.1
 
@@ -72,12 +74,13 @@ class CollapseMonitor:
         self._since: int | None = None  # the step from which it has been low
         self._away: int | None = None  # the step from which the student has been away
 
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes what was logged at `step`."""
+    def __call__(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Takes what is logged at `step`; returns the mode, at every step at which it shows."""
         mode = self._mode(step, values)
         if mode and mode not in self.found:
             self.found.append(mode)
             log.warning("COLLAPSE at step %d (%s): %s", step, mode, MESSAGES[mode])
+        return mode
 
     def _mode(self, step: int, values: Mapping[str, float]) -> str | None:
         if values["teacher_temperature"] >= self._student_temperature:
@@ -86,7 +89,8 @@ class CollapseMonitor:
             return "centre"
         if step > 1 and values["teacher_distance"] < _SAME * values["update_ratio"]:
             return "shared"
-        away = values["teacher_distance"] > _AWAY
+        window = min(step, 1 / max(1 - values["teacher_momentum"], 1e-9))
+        away = values["teacher_distance"] > _AWAY * max(1.0, window / _WINDOW)
         self._away = (self._away or step) if away else None
         if away and step - self._away >= _STEPS:
             return "learning rate"

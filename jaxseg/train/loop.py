@@ -152,27 +152,32 @@ def make_train_step(
     return step
 
 
-class _PendingLosses:
-    """Losses still on the device: reading each at once would make the host wait every step."""
+class _Pending:
+    """Losses and gradients' norms still on the device: reading each at once would make the host wait.
+
+    A gradient that is not finite spoils the parameters a step before the loss shows it.
+    """
 
     def __init__(self):
-        self._losses: list[tuple[int, jax.Array]] = []
+        self._scalars: list[tuple[int, dict[str, jax.Array]]] = []
 
-    def add(self, step: int, loss: jax.Array) -> None:
-        self._losses.append((step, loss))
+    def add(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
+        self._scalars.append((step, {k: scalars[k] for k in ("loss", "gradient_norm")}))
 
     def check(self, saved_steps: Sequence[int]) -> None:
-        """Raises NonFiniteLossError for the first loss since the last check that is not finite."""
-        values = jax.device_get([loss for _, loss in self._losses])
-        steps = [step for step, _ in self._losses]
-        self._losses.clear()
-        for step, value in zip(steps, values, strict=True):
-            if not np.isfinite(value):
-                good = f"step {saved_steps[-1]}" if saved_steps else "none, nothing was saved yet"
-                raise NonFiniteLossError(
-                    f"the loss is {value} at step {step}; last good checkpoint: {good}. Lower "
-                    "config.optim.lr, or set config.optim.clip_norm"
-                )
+        """Raises NonFiniteLossError for the first value since the last check that is not finite."""
+        scalars = jax.device_get(self._scalars)
+        self._scalars.clear()
+        for step, values in scalars:
+            for name, value in values.items():
+                if not np.isfinite(value):
+                    good = (
+                        f"step {saved_steps[-1]}" if saved_steps else "none, nothing was saved yet"
+                    )
+                    raise NonFiniteLossError(
+                        f"the {name.replace('_', ' ')} is {value} at step {int(step)}; last good "
+                        f"checkpoint: {good}. Lower config.optim.lr, or set config.optim.clip_norm"
+                    )
 
 
 @dataclasses.dataclass
@@ -192,7 +197,7 @@ class Trainer:
       evaluate: scores a state on validation data, which picks the best checkpoint; or None.
       best_metric: the one that `evaluate` returns.
       accumulate: parts in which a batch is taken, see `make_train_step`.
-      watch: sees the step and what is logged of it; or None.
+      watch: sees the step and what is logged of it, and returns what else is; or None.
       precision: "float32" or "bfloat16" to log `share_of_peak`, the rate of the step's products and
         convolutions over that of one large product in this precision, measured at the start; "" not to.
     """
@@ -210,7 +215,7 @@ class Trainer:
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     best_metric: str = "iou"
     accumulate: int = 1
-    watch: Callable[[int, Mapping[str, float]], None] | None = None
+    watch: Callable[[int, Mapping[str, float]], Mapping[str, Any]] | None = None
     precision: str = ""
 
     def run(self, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> TrainState:
@@ -231,7 +236,7 @@ class Trainer:
         shardings = partition.tree_sharding(self.mesh, state, self.layout)
         state = partition.put_tree(state, shardings)
         self._checkpointer = Checkpointer(self.workdir, best_metric=self.best_metric)
-        self._losses = _PendingLosses()
+        self._pending = _Pending()
         try:
             restored = self._checkpointer.restore(state)
             state, start = restored or (state, 0)
@@ -271,7 +276,7 @@ class Trainer:
                 # What is left to transfer here would be a mistake: a copy in every step.
                 with jax.transfer_guard("disallow"):
                     state, scalars = step_fn(state, frozen, batch)
-                self._losses.add(step, scalars["loss"])
+                self._pending.add(step, scalars)
                 self._after_step(step, state, scalars, stopping=stop.raised(step))
         return state
 
@@ -285,7 +290,7 @@ class Trainer:
         saving = last or stopping or evaluating or due(self.schedule.checkpoint_every)
         logging_now = step == 1 or due(self.schedule.log_every)
         if saving or logging_now:
-            self._losses.check(self._checkpointer.steps())
+            self._pending.check(self._checkpointer.steps())
         if logging_now:
             self._log(step, jax.device_get(scalars))
         metrics = self._evaluate(step, state) if evaluating else None
@@ -313,6 +318,6 @@ class Trainer:
             if self._share_of_peak:
                 values["share_of_peak"] = round(self._share_of_peak * rate, 4)
         values["time"] = round(time.time(), 3)
-        self._writer.write(step, values)
         if self.watch is not None:
-            self.watch(step, values)
+            values |= self.watch(step, values)
+        self._writer.write(step, values)

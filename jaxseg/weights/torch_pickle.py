@@ -30,7 +30,14 @@ _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _DICT = "collections OrderedDict"
 _NAMESPACE = "argparse Namespace"  # The options in DINO's training files; read as an empty dict.
-_NAMES = {*_STORAGES, _TENSOR, _PARAMETER, _DICT, _NAMESPACE}
+# NumPy's scalars, such as the learning rates in the optimiser's state of those files; read as None.
+_SCALARS = {
+    "numpy.core.multiarray scalar",
+    "numpy._core.multiarray scalar",
+    "numpy dtype",
+    "_codecs encode",
+}
+_NAMES = {*_STORAGES, _TENSOR, _PARAMETER, _DICT, _NAMESPACE, *_SCALARS}
 _LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
@@ -67,6 +74,8 @@ class _Mark:
 
 def read(path: str | Path) -> Any:
     """Returns the objects saved in a `.pth`: dicts, lists, numbers, strings and `Tensor`s.
+
+    What a training file holds beside them, its options and NumPy's scalars, is read as {} and None.
 
     Raises ValueError, naming the file, if it is not a zip `.pth`, is truncated or damaged, holds
     tensors that do not fit their storages, or names anything but tensors and plain containers.
@@ -244,6 +253,8 @@ class _Machine:
             raise TypeError("a call of something that is not callable")
         if name.name in (_DICT, _NAMESPACE) and not args:
             return {}
+        if name.name in _SCALARS:
+            return None
         if name.name == _TENSOR:
             return self._make_tensor(*args[:4])
         if name.name == _PARAMETER:

@@ -45,7 +45,8 @@ def test_cls_attention_drops_cls_and_registers():
     maps = cls_attention(attention, (h, w))
     assert maps.shape == (2, 5, 2, 3)
     assert maps[1, 3].ravel().tolist() == attention[1, 3, 0, 5:].tolist()
-    with pytest.raises(ValueError, match=r"need \[B, heads, N, N\] with N > 4\*3 patches"):
+    assert (cls_attention(attention[:, :, :1], (h, w)) == maps).all()
+    with pytest.raises(ValueError, match=r"need \[B, heads, Q, N\] with N > 4\*3 patches"):
         cls_attention(attention, (4, 3))
 
 

@@ -83,6 +83,7 @@ HEALTHY = {
     "teacher_temperature": 0.04,
     "center_norm": 1.0,
     "teacher_distance": 0.05,
+    "teacher_momentum": 0.996,
     "update_ratio": 1e-3,
     "teacher_kl": 0.1,
     "teacher_entropy": 0.6,
@@ -131,3 +132,13 @@ def test_a_student_that_runs_away_is_named_whatever_its_outputs():
     assert _feed([(step, away) for step in range(10, 60, 10)]) == ["learning rate"]
     back = [(step, {} if step == 30 else away) for step in range(10, 60, 10)]
     assert _feed(back) == []
+
+
+def test_a_slow_teacher_may_be_far_behind():
+    """At 0.9995 it averages over 2,000 steps, at 0.996 over 250."""
+    slow = {"teacher_distance": 1.5, "teacher_momentum": 0.9995}
+    assert _feed([(step, slow) for step in range(3000, 3100, 10)]) == []
+    far = slow | {"teacher_distance": 10.0}
+    assert _feed([(step, far) for step in range(3000, 3100, 10)]) == ["learning rate"]
+    # Early on it has had no time to fall behind.
+    assert _feed([(step, slow) for step in range(100, 200, 10)]) == ["learning rate"]

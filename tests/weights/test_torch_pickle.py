@@ -1,3 +1,5 @@
+import pickle
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,6 +37,20 @@ def test_reads_training_files_with_options_and_parameters(tmp_path):
     tree = torch_pickle.read(write_pth(tmp_path / "x.pth", tree))
     assert tree["epoch"] == 100 and tree["lrs"] == [0.1, None, True] and tree["args"] == {}
     np.testing.assert_array_equal(tree["w"].read(), x)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"], ids=["NumPy 1", "NumPy 2"])
+def test_numpy_scalars_of_an_optimizer_are_passed_over(module):
+    """DINO's schedules are arrays, so its training files hold their elements, pickled by NumPy."""
+    tree = {
+        "optimizer": {"param_groups": [{"lr": np.linspace(0, 1, 3)[1], "eps": 1e-8}]},
+        "epoch": 3,
+    }
+    pickled = pickle.dumps(tree, protocol=2)
+    assert b"scalar" in pickled
+    pickled = pickled.replace(b"numpy._core", module).replace(b"numpy.core", module)
+    found = torch_pickle.interpret(pickled, "x.pth", None)
+    assert found == {"optimizer": {"param_groups": [{"lr": None, "eps": 1e-8}]}, "epoch": 3}
 
 
 @pytest.mark.parametrize(
