@@ -260,7 +260,9 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
         style = dict(marker=".") if panel is scores else dict(linewidth=1)
         for name, points in panel.items():
             axis.plot(*np.array(points).T, label=name, **style)
-        axis.set(xlabel="step", ylabel="validation score" if panel is scores else "0: collapsed")
+        axis.set(
+            xlabel="step", ylabel="validation score" if panel is scores else "signs of a collapse"
+        )
         axis.legend()
     if signs:
         _mark_collapse(axes[0, -1], metrics)
