@@ -53,9 +53,8 @@ def test_reference_centre_over_all_calls():
         statistics = {
             "logits": golden[f"teacher_{call}"].mean(0),
             "probabilities": np.full(outputs, 1 / outputs),
-            "entropy": 0.0,
             "direction": np.zeros(3),
-            "scores": {},
+            "scores": {"teacher_entropy": 0.0},
             "student_statistics": {},
             "teacher_statistics": {},
         }
