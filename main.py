@@ -1,6 +1,7 @@
 """Trains, evaluates and applies segmenters: see README.md, or `python main.py --help`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -85,17 +86,21 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     from jaxseg import modes
 
+    def expanded(path: str | None) -> str | None:
+        """With ~ as the home folder: shells leave it alone behind an = sign."""
+        return path and os.path.expanduser(path)
+
     try:
         modes.main(
             _MODE.value,
             config=_CONFIG.value,
             overrides=flags.FLAGS["config"].override_values if _CONFIG.value is not None else {},
-            workdir=Path(_WORKDIR.value),
-            inputs=_INPUTS.value,
-            outputs=_OUTPUTS.value,
+            workdir=Path(expanded(_WORKDIR.value)),
+            inputs=expanded(_INPUTS.value),
+            outputs=expanded(_OUTPUTS.value),
             classes=_CLASSES.value,
             probabilities=_PROBABILITIES.value,
-            workdirs=_WORKDIRS.value,
+            workdirs=[expanded(folder) for folder in _WORKDIRS.value],
         )
     except modes.USER_ERRORS as error:
         sys.exit(f"error: {error}")

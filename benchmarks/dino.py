@@ -116,21 +116,26 @@ def make_parts(task, optimizer, state, step, batch) -> dict[str, tuple]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="")
-    parser.add_argument("--variant", default="dino_vits16")
+    parser.add_argument("--variant", choices=tuple(BACKBONES), help="in place of the preset's")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--outputs", type=int, default=65536)
+    parser.add_argument("--outputs", type=int, help="in place of the preset's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--files", default="", help="a folder or zip file of images")
     parser.add_argument("--threads", type=int, default=16, help="that read the files")
     parser.add_argument("--workers", type=int, default=0, help="processes of so many threads each")
     args = parser.parse_args()
 
-    config = get_config(args.preset)
-    config.backbone.update(variant=args.variant, precision=args.precision)
-    config.dino.outputs = args.outputs
+    try:
+        config = get_config(args.preset)
+    except ValueError as error:
+        parser.error(str(error))
+    config.backbone.precision = args.precision
+    config.backbone.variant = args.variant or config.backbone.variant
+    config.dino.outputs = args.outputs or config.dino.outputs
     config.train.batch = args.batch
-    variant = BACKBONES[args.variant]
+    source = _files(args, config, parser) if args.files else None
+    variant = BACKBONES[config.backbone.variant]
     run_length = dict(steps=1000, examples=10000)
     task = pretrain.make_task(config, variant, **run_length)
     optimizer, _ = pretrain.make_optimizer(config, **run_length)
@@ -146,8 +151,8 @@ def main() -> None:
     flops = product_flops(step, state, {}, batch)
     views = config.views
     print(
-        f"{args.variant}, 2 x {views.global_size} + {views.local_count} x {views.local_size}, "
-        f"K = {args.outputs}, batch {args.batch}, {args.precision}, "
+        f"{variant.name}, 2 x {views.global_size} + {views.local_count} x {views.local_size}, "
+        f"K = {config.dino.outputs}, batch {args.batch}, {args.precision}, "
         f"{jax.devices()[0].device_kind}: {args.batch / whole:.2f} images/s, "
         f"{flops / whole / 1e9:.0f} GFLOP/s, {flops / whole / rate:.0%} of the measured "
         f"{rate / 1e9:.0f} GFLOP/s\n"
@@ -162,15 +167,22 @@ def main() -> None:
         pillow_views(Image.fromarray(image), list(task.views), rng)
     pillow = (time.perf_counter() - begin) / len(images)
     print(f"| the same views in Pillow, one core | {1e3 * pillow:.3g} | |", flush=True)
-    if args.files:
-        _from_files(args, config, parts["whole step"][0], state, whole)
+    if source is not None:
+        _from_files(args, config, source, parts["whole step"][0], state, whole)
 
 
-def _from_files(args, config, step, state, whole: float) -> None:
-    """Images/s of steps fed from files, as a share of the rate without reading."""
+def _files(args, config, parser):
+    """The source of `--files`, and the config for reading it: before the hours that the rest may take."""
     config.data.update(name="images", root=args.files, memory_gigabytes=0.0)
     config.data.update(threads=args.threads, workers=args.workers)
-    source = pretrain.make_source(config, "train")
+    try:
+        return pretrain.make_source(config, "train")
+    except ValueError as error:
+        parser.error(f"--files: {error}")
+
+
+def _from_files(args, config, source, step, state, whole: float) -> None:
+    """Images/s of steps fed from files, as a share of the rate without reading."""
     reader = pretrain.Reader(config, source, tuple(config.data.size))
     # What is read ahead before the first step must not count.
     ahead = 2 * args.threads * max(args.workers, 1)

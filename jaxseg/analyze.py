@@ -83,6 +83,11 @@ def analyze(
                 f"--workdir={workdir} holds no run; to analyse weights give --config=configs/dino.py "
                 "--config.backbone.weights=NAME and a new --workdir"
             )
+        if config.task in DENSE_TASKS:
+            raise ConfigError(
+                f"--mode=analyze looks at backbones, and --config is of the task {config.task}: allowed "
+                "are configs/dino.py and configs/rotation.py"
+            )
         validate(config)
         loaded = Backbone.load(config)
         backbone = pretrain.make_backbone(config, loaded.variant)
@@ -180,6 +185,8 @@ class _Analysis:
         }
         labels, truth = train["category"], found["category"]
         k = min(self.config.eval.k, len(labels))
+        if k < self.config.eval.k:
+            log.warning("k-NN with k = %d: there are no more images with a class in training", k)
         options = dict(classes=len(self.names))
         near = dict(k=k, temperature=self.config.eval.temperature, **options)
         table = {}
@@ -273,19 +280,21 @@ class _Analysis:
     def _tsne(self, found: Mapping[str, np.ndarray]) -> None:
         labelled = self._labelled(found)
         picked = sources.spread(len(found["cls"]), _TSNE_POINTS)
-        snapshots = []
+        size = pretrain.network_size(self.config, self.backbone, self.size)
+        snapshots, other = [], 0
         for path in sorted((self.workdir / "features").glob("[0-9]*.npz")):
             if int(path.stem) > self.step:  # of an attempt that was cut short
                 continue
             with np.load(path) as kept:
-                # Of these images alone: since then another limit, split or data set may have been asked for.
-                category = kept["category"]
-                same = len(category) == len(found["cls"]) and tuple(kept["names"]) == self.names
-                if not same or str(kept["split"]) != self.config.eval.split:
+                # Since then another limit, split, size or data set may have been asked for.
+                if not pretrain.same_images(kept, found, self.names, size):
+                    other += 1
                     continue
                 cls = kept["cls"][picked].astype(np.float32)
-            category = category[picked] if labelled else None
+                category = kept["category"][picked] if labelled else None
             snapshots.append((f"step {int(path.stem)}", cls, category))
+        if other:
+            log.warning("t-SNE leaves out %d snapshots of other images than those looked at", other)
         if not snapshots:
             category = found["category"][picked] if labelled else None
             snapshots = [(self.subject, found["cls"][picked], category)]
@@ -303,11 +312,14 @@ class _Analysis:
         outputs = [self._look(example) for example in examples]
         images = [image for image, _, _, _ in outputs]
         tokens = [patches for _, patches, _, _ in outputs]
-        if min(min(x.shape[:2]) for x in tokens) > 1:
+        flat = [i for i, x in enumerate(tokens) if min(x.shape[:2]) > 1]  # not of a single row
+        if flat:
             self._show(
                 "pca.png",
                 "The first three principal components of the patch tokens as red, green and blue",
-                lambda path: pca.plot_pca(images, tokens, path),
+                lambda path: pca.plot_pca(
+                    [images[i] for i in flat], [tokens[i] for i in flat], path
+                ),
             )
         if not isinstance(self.backbone, ViT):
             return

@@ -65,7 +65,8 @@ class Backbone:
 def _check_normalization(config: ml_collections.ConfigDict) -> None:
     """Refuses to show a backbone from a workdir images of another kind than it was trained on."""
     stored = Path(config.backbone.weights).expanduser() / "config.json"
-    if not stored.is_file():
+    # Others keep a config.json beside their weights too.
+    if not stored.is_file() or not stored.with_name("model.json").is_file():
         return
     there = json.loads(stored.read_text())["backbone"]["normalization"]
     if there != config.backbone.normalization:

@@ -17,7 +17,7 @@ from jaxseg import workdir as folder
 from jaxseg.config import ConfigError, check_crops, validate
 from jaxseg.data import DataError, loader, sources
 from jaxseg.data.cache import PreparedSource
-from jaxseg.evaluate import features, knn, rank
+from jaxseg.evaluate import features, knn, rank, report
 from jaxseg.experiment import Backbone, check_batch, make_source, total_steps
 from jaxseg.files import replacing
 from jaxseg.models import backbones
@@ -238,9 +238,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         return evaluate(workdir, {})
     except DataError as error:
         log.warning(
-            "the run is saved, but not scored: %s. --mode=eval with --config.eval.split=train scores it "
-            "on the images it was trained on",
+            "the run is saved, but not scored: %s. --mode=eval --config=configs/%s.py "
+            "--config.eval.split=train scores it on the images it was trained on",
             error,
+            config.task,
         )
         return {}
 
@@ -432,11 +433,15 @@ def make_crops(config: ml_collections.ConfigDict, backbone: nn.Module):
 
 
 def make_embedding(config: ml_collections.ConfigDict, backbone: nn.Module):
-    """`embed(variables of the backbone, batch) -> {"cls": [B, D]}` of the images' centres."""
+    """`embed(variables of the backbone, batch)`: `cls` [B, D] of the images' centres, and their `mean`.
+
+    The mean [B, 3] of what the network saw tells later whether two features are of the same image.
+    """
     crops = make_crops(config, backbone)
 
     def embed(variables, batch):
-        return {"cls": backbone.apply(variables, crops(batch))["cls"]}
+        seen = crops(batch)
+        return {"cls": backbone.apply(variables, seen)["cls"], "mean": seen.mean((1, 2))}
 
     return embed
 
@@ -454,14 +459,19 @@ def _validation(config, task, size, mesh, workdir):
     def evaluate_state(state: TrainState) -> dict[str, float]:
         metrics, found = judge(state)
         if jax.process_index() == 0:
-            _keep_features(workdir, int(state.step), found, judge.classes, config.eval.split)
+            seen = network_size(config, task.backbone, size)
+            _keep_features(workdir, int(state.step), found, judge.classes, seen)
         return metrics
 
     return evaluate_state
 
 
 def _keep_features(
-    workdir: Path, step: int, found: Mapping[str, np.ndarray], names: Sequence[str], split: str
+    workdir: Path,
+    step: int,
+    found: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    size: tuple[int, int],
 ) -> None:
     """Keeps the features for the t-SNE over the epochs, with what tells whose they are."""
     target = workdir / "features"
@@ -471,9 +481,27 @@ def _keep_features(
             temporary,
             cls=found["cls"].astype(np.float16),
             category=found["category"],
+            mean=found["mean"],
             names=np.array(names, np.str_),
-            split=np.array(split, np.str_),
+            size=np.array(size),
         )
+
+
+def same_images(
+    kept: Mapping[str, np.ndarray],
+    found: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    size: tuple[int, int],
+) -> bool:
+    """Whether what `_keep_features` wrote is of the images of `found`, seen in the same way."""
+    return (
+        "mean" in kept
+        and tuple(kept["names"]) == tuple(names)
+        and tuple(kept["size"]) == size
+        and kept["mean"].shape == found["mean"].shape
+        # Sums differ in their last digits between numbers of devices.
+        and np.allclose(kept["mean"], found["mean"], atol=1e-4)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,7 +538,7 @@ def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
 
 
 def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Restores the run in `workdir`, scores it, and writes `eval.json`."""
+    """Restores the run in `workdir`, scores it, and writes `eval.json` and the curves."""
     run = restore(workdir, overrides)
     size = image_size(run.config, make_source(run.config, run.config.eval.split), run.size)
     judge = Judge(run.config, run.task, size, run.mesh)
@@ -521,4 +549,6 @@ def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         lines = [f"{split} at step {run.step}, {count} images"]
         print("\n".join(lines + [f"  {k:22s} {v:.4f}" for k, v in metrics.items()]), flush=True)
         write_json(workdir / "eval.json", result)
+        if run.config.eval.report:
+            report.plot_curves(read_metrics(workdir), workdir / "report/curves.png")
     return result

@@ -46,6 +46,7 @@ def test_another_config_is_refused(workdir):
         (["--config.eval.split=all"], "allowed: train, val, test"),
         (["--mode=fly"], "train\\|eval\\|analyze\\|predict"),
         (["stray"], "stray"),
+        (["--mode=analyze"], "of the task segmentation: allowed are configs/dino.py"),
         (["--workdir="], "--workdir= is empty; give the folder of the run"),
         (["--config.head.guided.guide_widths=()"], r"guide_widths is \(\); allowed: channels at"),
         (["--config.backbone.stride=64"], "backbone.stride is 64; allowed: 0, 4, 8, 16, 32"),
@@ -68,6 +69,13 @@ def test_mistakes_are_one_clear_line(tmp_path, arguments, message):
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_home_in_paths(tmp_path, monkeypatch):
+    """Shells do not expand ~ behind an = sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run_main("--mode=eval", "--workdir=~/none")
+    assert done.returncode == 1 and f"{tmp_path}/none" in done.stderr
 
 
 def test_missing_config_file(tmp_path):

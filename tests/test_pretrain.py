@@ -55,6 +55,7 @@ def test_what_a_run_leaves(workdir):
     logged = [row for row in rows if "loss" in row]
     assert {"teacher_kl", "center_norm"} <= logged[0].keys() and "images_per_second" in logged[1]
     assert len(list((workdir / "features").glob("*.npz"))) == 3
+    assert (workdir / "report/curves.png").exists()
 
 
 def test_evaluation_repeats_the_numbers(workdir):
@@ -87,6 +88,24 @@ def test_analysis_of_a_run(workdir):
     assert {"tsne.png", "attention.png", "pca.png", "confusion.png", "curves.png"} <= pictures
     page = (workdir / "report/analysis.html").read_text()
     assert all(name in page for name in pictures)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"eval.split": "val"}, {"eval.crop": 0.5}, {"eval.resolution": 40}]
+)
+def test_tsne_is_of_the_images_looked_at(workdir, monkeypatch, caplog, overrides):
+    """As many images of the same classes, but others, or seen otherwise than in training."""
+    shown = []
+    monkeypatch.setattr(analyze.embedding, "plot_tsne", lambda rows, *_: shown.append(rows))
+    analyze.analyze(None, {}, workdir)
+    assert [label for label, *_ in shown[0]] == ["step 0", "step 3", "step 6"]
+    found = np.load(workdir / "features/00000006.npz")["cls"].astype(np.float32)
+    np.testing.assert_array_equal(shown[0][2][1], found)
+    assert "leaves out" not in caplog.text
+    analyze.analyze(None, overrides, workdir)
+    ((label, features, _),) = shown[1]
+    assert label.startswith("the run in") and not np.allclose(features, found, rtol=1e-2)
+    assert "t-SNE leaves out 3 snapshots of other images" in caplog.text
 
 
 def test_neighbours_show_the_images_that_they_are(workdir, tmp_path, monkeypatch):
@@ -182,6 +201,9 @@ def test_analysis_of_weights(workdir, tmp_path):
         assert result[key] == pytest.approx(again[key], rel=1e-4)
     with pytest.raises(ConfigError, match="holds no run; to analyse weights give"):
         analyze.analyze(_config(), {}, tmp_path / "b")
+    dense = tiny_config(backbone__weights=str(workdir))
+    with pytest.raises(ConfigError, match="of the task segmentation: allowed are configs/dino.py"):
+        analyze.analyze(dense, {}, tmp_path / "b")
 
 
 @pytest.mark.slow

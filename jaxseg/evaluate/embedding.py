@@ -133,12 +133,16 @@ def plot_tsne(
     for axis, layout, (label, _, _) in zip(axes.flat, layouts, shown, strict=False):
         color = figures.PLAIN if labels is None else colors[labels[rows]]
         axis.scatter(*layout.T, c=color, s=max(2.0, min(20.0, 8000 / len(rows))), linewidths=0)
-        axis.set_title(label)
+        axis.set_title(label.replace("$", r"\$"))
         axis.set_aspect("equal", adjustable="datalim")
     present = [] if labels is None else np.unique(labels[rows])
     if 0 < len(present) <= _LEGEND:
         for index in present:
-            axes[0, 0].scatter([], [], color=colors[index], label=names[index])
-        figure.legend(loc="outside lower center", ncols=min(3 * len(shown), 10), fontsize=9)
+            name = figures.written(names[index])
+            axes[0, 0].scatter([], [], color=colors[index], label=name)
+        # A letter takes about 0.07 inches, and the colour with its gaps 0.5.
+        longest = max(len(figures.written(names[index])) for index in present)
+        columns = int(figure.get_figwidth() / (0.5 + 0.07 * longest))
+        figure.legend(loc="outside lower center", ncols=min(max(columns, 1), 10), fontsize=9)
     figures.save(figure, path)
     return [label for label, _, _ in shown]

@@ -15,6 +15,8 @@ from jaxseg.files import replacing
 # Colour-blind safe.
 RIGHT, WRONG, PLAIN = "#009e73", "#d55e00", "#444444"
 _INCH = 1.5  # the side of a picture in a grid
+_TALLEST = 3.0  # cells of a grid are at most so many times as high as wide, or as wide as high
+_LETTERS = 24  # of a name, at most
 
 
 def make_grid(
@@ -30,6 +32,18 @@ def make_grid(
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=9)
     return figure, axes
+
+
+def common_aspect(images: Sequence[np.ndarray]) -> float:
+    """Height / width of the cells for images [H, W, ...]: their median, so that one panorama spoils none."""
+    median = np.median([image.shape[0] / image.shape[1] for image in images])
+    return float(np.clip(median, 1 / _TALLEST, _TALLEST))
+
+
+def written(name: str) -> str:
+    """A name as matplotlib writes it: no formula between $, no entry left out for its _, not endless."""
+    name = name if len(name) <= _LETTERS else f"{name[: _LETTERS - 9]}…{name[-8:]}"
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def set_frame(axis: Axes, color: str, *, width: float = 3) -> None:
@@ -74,10 +88,11 @@ def plot_confusion(
     figure = Figure(figsize=(side, side), layout="constrained")
     axis = figure.subplots()
     axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    axis.set(xlabel="predicted", ylabel="class")
+    axis.set(xlabel="predicted as, % of the class", ylabel="class")
     if len(names) <= 20:
-        axis.set_xticks(range(len(names)), names, rotation=90)
-        axis.set_yticks(range(len(names)), names)
+        ticks = [written(name) for name in names]
+        axis.set_xticks(range(len(names)), ticks, rotation=90)
+        axis.set_yticks(range(len(names)), ticks)
         for (row, column), value in np.ndenumerate(share):
             color = "white" if value > 60 else PLAIN
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, size=8)

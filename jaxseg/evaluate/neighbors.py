@@ -172,7 +172,8 @@ def plot_neighbors(
             axis.imshow(images[row])
             color = figures.PLAIN
             if labels is not None:
-                axis.set_xlabel(names[labels[row]] if names else str(labels[row]), fontsize=8)
+                name = names[labels[row]] if names else str(labels[row])
+                axis.set_xlabel(figures.written(name), fontsize=7)
                 if axis is not line[0]:
                     color = figures.RIGHT if labels[row] == labels[query] else figures.WRONG
             figures.set_frame(axis, color)

@@ -77,9 +77,11 @@ def plot_pca(
         raise ValueError(f"{len(images)} images for the tokens of {len(tokens)}")
     rgb, share = pca_rgb(tokens)
     columns = min(columns, len(images))
-    aspect = images[0].shape[0] / images[0].shape[1]
     figure, axes = figures.make_grid(
-        -(-len(images) // columns), 2 * columns, titles=("image", "PCA") * columns, aspect=aspect
+        -(-len(images) // columns),
+        2 * columns,
+        titles=("image", "PCA") * columns,
+        aspect=figures.common_aspect(images),
     )
     for axis in axes.flat[2 * len(images) :]:
         axis.set_axis_off()

@@ -12,6 +12,7 @@ matplotlib.use("agg")  # Reports are made where there is no screen.
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
+from jaxseg.evaluate.figures import written
 from jaxseg.evaluate.palette import VOID_COLOR, colorize, palette
 from jaxseg.files import replacing
 
@@ -152,7 +153,7 @@ def plot_queries(
         for q, value in enumerate(asked):
             present = "present" if (shown["mask"] == value).any() else "absent"
             above[2 + q].imshow(overlay(shown["image"], shown["answers"][q] >= 0.5))
-            above[2 + q].set_title(f"{names[value]}? ({present})", fontsize="small")
+            above[2 + q].set_title(f"{written(names[value])}? ({present})", fontsize="small")
             below[2 + q].imshow(shown["attention"][q], cmap="magma")
     figure.tight_layout()
     _save(figure, path)
@@ -176,7 +177,8 @@ def plot_comparison(
     for (share, shown), line in zip(rows, axes, strict=True):
         pictures = [shown["image"], colorize(shown["mask"])]
         pictures += [colorize(shown["masks"][m]) for m in methods]
-        titles = [f"{shown['name']}\n{share:.0%} differ", "truth", *methods]
+        name = written(shown["name"])
+        titles = [f"{name}\n{share:.0%} differ", "truth", *map(written, methods)]
         for axis, picture, title in zip(line, pictures, titles, strict=True):
             axis.imshow(picture)
             axis.set_title(title, fontsize="small")
@@ -192,8 +194,8 @@ def plot_method_bars(values: Mapping[str, Mapping[str, float | None]], path: Pat
     width = 0.8 / len(values)
     for number, (method, scores) in enumerate(values.items()):
         places = np.arange(len(names)) + (number - (len(values) - 1) / 2) * width
-        axis.bar(places, [scores[n] or 0.0 for n in names], width, label=method)
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axis.bar(places, [scores[n] or 0.0 for n in names], width, label=written(method))
+    axis.set_xticks(range(len(names)), map(written, names), rotation=30, ha="right")
     axis.set(ylabel="IoU", ylim=(0, 1))
     axis.legend(fontsize="small")
     figure.tight_layout()
@@ -203,7 +205,7 @@ def plot_method_bars(values: Mapping[str, Mapping[str, float | None]], path: Pat
 def _legend(figure, names: Sequence[str]) -> None:
     """Lays the figure out above a legend of the classes' colours."""
     colors = palette(len(names)) / 255
-    patches = [Patch(color=c, label=n) for c, n in zip(colors, names, strict=True)]
+    patches = [Patch(color=c, label=written(n)) for c, n in zip(colors, names, strict=True)]
     patches.append(Patch(color=np.array(VOID_COLOR) / 255, label="void"))
     figure.legend(handles=patches, loc="lower center", ncols=7, fontsize="small")
     lines = -(-len(patches) // 7)
@@ -223,8 +225,9 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
                 color = "white" if shares[i, j] > 0.5 else "black"
                 text = f"{100 * shares[i, j]:.0f}"
                 axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
-    axis.set_xticks(range(len(names)), names, rotation=90)
-    axis.set_yticks(range(len(names)), names)
+    ticks = [written(name) for name in names]
+    axis.set_xticks(range(len(names)), ticks, rotation=90)
+    axis.set_yticks(range(len(names)), ticks)
     axis.set(xlabel="predicted", ylabel="true", title="share of the true class, %")
     figure.tight_layout()
     _save(figure, path)
@@ -248,14 +251,14 @@ def plot_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> bool:
     figure, axes = plt.subplots(
         1, 1 + len(panels), figsize=(6 + 5 * len(panels), 3.5), squeeze=False
     )
-    axes[0, 0].plot(*np.array(loss).T, color="#0072b2", linewidth=1)
+    axes[0, 0].plot(*np.array(loss).T, color="#0072b2", linewidth=1, label="training")
     held_out = courses(["loss"], "val_").get("loss")
     if held_out:
         axes[0, 0].plot(*np.array(held_out).T, color="#e69f00", marker=".", label="validation")
         axes[0, 0].legend()
     values = [value for _, value in loss]
     scale = "log" if max(values) > 5 * min(values) > 0 else "linear"
-    axes[0, 0].set(xlabel="step", ylabel="training loss", yscale=scale)
+    axes[0, 0].set(xlabel="step", ylabel="loss", yscale=scale)
     for axis, panel in zip(axes[0, 1:], panels, strict=True):
         style = dict(marker=".") if panel is scores else dict(linewidth=1)
         for name, points in panel.items():
@@ -287,7 +290,8 @@ def _mark_collapse(axis, metrics: Sequence[Mapping[str, Any]]) -> None:
 def plot_bars(values: Mapping[str, float | None], path: Path, *, label: str) -> None:
     """A bar for each name; a value of None has none."""
     figure, axis = plt.subplots(figsize=(7, 0.35 * len(values) + 1.2))
-    axis.barh(list(values), [v or 0.0 for v in values.values()], color="#009e73")
+    axis.barh(range(len(values)), [v or 0.0 for v in values.values()], color="#009e73")
+    axis.set_yticks(range(len(values)), map(written, values))
     for row, value in enumerate(values.values()):
         axis.text(value or 0.0, row, " absent" if value is None else f" {value:.3f}", va="center")
     axis.set(xlim=(0, 1.1), xlabel=label)

@@ -30,7 +30,10 @@ def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Any], backbones.AnyVa
     """
     description = workdir / "model.json"
     if not description.exists():
-        raise ValueError(f"{workdir} is no workdir of a run: model.json is missing")
+        raise ValueError(
+            f"{workdir} is no workdir of a run: model.json is missing; allowed is also a file, .pth or "
+            ".safetensors, in such a folder"
+        )
     variant = backbones.from_json(json.loads(description.read_text())["variant"])
     frozen, steps = workdir / "frozen", _steps(workdir)
     if not frozen.exists() and not steps:

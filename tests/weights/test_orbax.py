@@ -5,9 +5,11 @@ import json
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tiny import tiny_config
 
 from jaxseg import weights
 from jaxseg.checksums import with_checksums
+from jaxseg.experiment import Backbone
 from jaxseg.models import backbones
 
 VARIANT = backbones.BACKBONES["resnet10_mini"]
@@ -76,6 +78,13 @@ def _damage(folder):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
+
+
+def test_the_config_of_others_is_none_of_ours(tmp_path):
+    """Released weights are often published as a folder with a config.json."""
+    (tmp_path / "config.json").write_text('{"architectures": ["ViTModel"]}')
+    with pytest.raises(ValueError, match="is no workdir of a run: .* or .safetensors, in such a"):
+        Backbone.load(tiny_config(backbone__weights=str(tmp_path)))
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
