@@ -205,7 +205,7 @@ def plot_attention(
             axes[row, 0].contour(outline, levels=[0.5], colors=_OUTLINE, linewidths=1)
     legend = f"blue line: what holds {mass:.0%} of a map"
     if masks is not None:
-        legend += "; pink line: the object; below: the best head and its Jaccard index"
+        legend += "; pink line: the object; last column: the best head and its Jaccard index"
     figure.supxlabel(legend, fontsize=9)
     figures.save(figure, path)
 
