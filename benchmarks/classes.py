@@ -22,7 +22,7 @@ from configs.deeplab_multiclass import get_config  # noqa: E402
 from jaxseg import run  # noqa: E402
 from jaxseg.experiment import frozen_paths, make_model, make_task  # noqa: E402
 from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
-from jaxseg.models.backbones import BACKBONES  # noqa: E402
+from jaxseg.backbones import BACKBONES  # noqa: E402
 from jaxseg.train import loop, optim  # noqa: E402
 from jaxseg.train.speed import (  # noqa: E402
     best_seconds,

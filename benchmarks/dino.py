@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.dino import get_config  # noqa: E402
 from jaxseg import pretrain  # noqa: E402
 from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
-from jaxseg.models.backbones import BACKBONES  # noqa: E402
-from jaxseg.ops.views import View, draw_views  # noqa: E402
+from jaxseg.backbones import BACKBONES  # noqa: E402
+from jaxseg.ops.crops import View, draw_views  # noqa: E402
 from jaxseg.train import loop  # noqa: E402
 from jaxseg.train.speed import (  # noqa: E402
     best_seconds,

@@ -33,7 +33,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jaxseg.data.large import LargeImage, PngWriter  # noqa: E402
-from jaxseg.data.shapes import Shapes  # noqa: E402
+from jaxseg.data.drawn.shapes import Shapes  # noqa: E402
 from jaxseg.evaluate.tiles import default_overlap, plan, predict_tiles  # noqa: E402
 from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
 from jaxseg.ops.resize import resize_bilinear  # noqa: E402

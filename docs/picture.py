@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jaxseg import run  # noqa: E402
-from jaxseg.data.shapes import Shapes  # noqa: E402
-from jaxseg.evaluate.report import overlay  # noqa: E402
+from jaxseg.data.drawn.shapes import Shapes  # noqa: E402
+from jaxseg.report.report import overlay  # noqa: E402
 from jaxseg.predict import Predictor  # noqa: E402
 
 COLUMNS = 7

@@ -20,22 +20,22 @@ from jax.sharding import Mesh
 from jaxseg import pretrain
 from jaxseg import workdir as folder
 from jaxseg.config import DENSE_TASKS, ConfigError, validate
-from jaxseg.data import sources
+from jaxseg.data import source as sources
 from jaxseg.evaluate import (
     attention_maps,
     embedding,
     features,
-    figures,
     knn,
     neighbors,
     pca,
     probe,
     rank,
-    report,
 )
+from jaxseg.report import figures, report
+
 from jaxseg.experiment import Backbone, make_source
-from jaxseg.models.vit import ViT
-from jaxseg.ops.views import center_crops
+from jaxseg.backbones.vit import ViT
+from jaxseg.ops.crops import center_crops
 from jaxseg.train import partition
 from jaxseg.train.writers import read_metrics, write_json
 

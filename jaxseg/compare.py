@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxseg import multiclass_metrics as metrics
+from jaxseg.metrics import multiclass as metrics
 from jaxseg import workdir as folder
 from jaxseg.config import DENSE_TASKS, ConfigError
-from jaxseg.evaluate import report
+from jaxseg.report import report
 from jaxseg.experiment import make_source, mask_names
-from jaxseg.metrics import add
+from jaxseg.metrics.binary import add
 from jaxseg.predict import Predictor
 from jaxseg.run import restore
-from jaxseg.tasks.dense import VOID
+from jaxseg.tasks.masks import VOID
 from jaxseg.tasks.multiclass import background
 from jaxseg.train.writers import Progress, write_json
 

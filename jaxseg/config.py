@@ -7,16 +7,16 @@ from typing import Any
 
 import ml_collections
 
-from jaxseg.data import sources
-from jaxseg.data.coco import CROWDS, OVERLAPS
+from jaxseg.data import source as sources
+from jaxseg.data.formats.coco import CROWDS, OVERLAPS
 from jaxseg.losses.multiclass import MULTICLASS, SCHEMES
-from jaxseg.losses.segmentation import BINARY
-from jaxseg.models import HEADS
-from jaxseg.models.backbones import BACKBONES, AnyVariant
-from jaxseg.models.conditioned import ATTENTIONS, CONTEXTS
-from jaxseg.models.deeplab import LOW_LEVELS
-from jaxseg.models.resnet import NORMS
-from jaxseg.models.segmenter import NORMALIZATIONS
+from jaxseg.losses.binary import BINARY
+from jaxseg.heads import HEADS
+from jaxseg.backbones import BACKBONES, AnyVariant
+from jaxseg.heads.attention import ATTENTIONS, CONTEXTS
+from jaxseg.heads.deeplab import LOW_LEVELS
+from jaxseg.backbones.resnet import NORMS
+from jaxseg.networks.segmenter import NORMALIZATIONS
 from jaxseg.train.optim import OPTIMIZERS, SCHEDULES
 from jaxseg.train.partition import PARAMETER_LAYOUTS
 

@@ -19,17 +19,18 @@ from jaxseg.config import ConfigError, flatten
 from jaxseg.data import loader, sources
 from jaxseg.data.cache import DiskStore, FeatureCache, PreparedSource
 from jaxseg.losses.multiclass import class_weights
-from jaxseg.models import HEADS, backbones
-from jaxseg.models.backbones import BACKBONES, AnyVariant
-from jaxseg.models.guided import relative, standardise
-from jaxseg.models.resnet import OUTPUT_STRIDES, ResNetVariant
-from jaxseg.models.segmenter import Segmenter, default_stride
-from jaxseg.models.vit import Variant, from_variant
-from jaxseg.ops.augment import Augmentation
-from jaxseg.tasks.attention import AttentionTask, queries
-from jaxseg.tasks.dense import VOID, DenseTask
+from jaxseg import backbones
+from jaxseg.heads import HEADS
+from jaxseg.backbones import BACKBONES, AnyVariant
+from jaxseg.heads.guided import relative, standardise
+from jaxseg.backbones.resnet import OUTPUT_STRIDES, ResNetVariant
+from jaxseg.networks.segmenter import Segmenter, default_stride
+from jaxseg.backbones.vit import Variant, from_variant
+from jaxseg.ops.mask_augment import Augmentation
+from jaxseg.tasks.query import AttentionTask, queries
+from jaxseg.tasks.masks import VOID, DenseTask
 from jaxseg.tasks.multiclass import MulticlassTask
-from jaxseg.tasks.segmentation import SegmentationTask
+from jaxseg.tasks.binary import SegmentationTask
 from jaxseg.train import ridge
 from jaxseg.train.state import split_params
 from jaxseg.train.writers import Progress

@@ -16,14 +16,14 @@ from PIL import Image
 from jaxseg.config import ConfigError
 from jaxseg.data import DataError, list_images, read_image, write_image, write_mask
 from jaxseg.data.large import LargeImage, NpyWriter, Overview, PngWriter, is_large
-from jaxseg.evaluate import dense
-from jaxseg.evaluate.palette import overlay_classes, palette
-from jaxseg.evaluate.report import overlay
+from jaxseg.evaluate import masks as dense
+from jaxseg.report.palette import overlay_classes, palette
+from jaxseg.report.report import overlay
 from jaxseg.evaluate.tiles import default_overlap, predict_tiles
 from jaxseg.run import Run, make_inference, restore
-from jaxseg.tasks.attention import AttentionTask
+from jaxseg.tasks.query import AttentionTask
 from jaxseg.tasks.multiclass import background
-from jaxseg.tasks.segmentation import SegmentationTask
+from jaxseg.tasks.binary import SegmentationTask
 from jaxseg.train.writers import Progress
 
 log = logging.getLogger(__name__)

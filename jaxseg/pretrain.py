@@ -17,14 +17,15 @@ from jaxseg import workdir as folder
 from jaxseg.config import ConfigError, check_crops, validate
 from jaxseg.data import DataError, loader, sources
 from jaxseg.data.cache import PreparedSource
-from jaxseg.evaluate import features, knn, rank, report
+from jaxseg.evaluate import features, knn, rank
+from jaxseg.report import report
 from jaxseg.experiment import Backbone, check_batch, make_source, total_steps
 from jaxseg.files import replacing
-from jaxseg.models import backbones
-from jaxseg.models.projection import ProjectionHead
-from jaxseg.models.segmenter import normalize
+from jaxseg import backbones
+from jaxseg.heads.projection import ProjectionHead
+from jaxseg.networks.segmenter import normalize
 from jaxseg.ops.resize import resize_bilinear
-from jaxseg.ops.views import View, center_crops
+from jaxseg.ops.crops import View, center_crops
 from jaxseg.tasks.dino import DinoTask
 from jaxseg.tasks.rotation import RotationTask
 from jaxseg.train import loop, optim, partition, schedules

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jaxseg import workdir as folder
 from jaxseg.config import ConfigError, validate
 from jaxseg.data import DataError
-from jaxseg.data.sources import working_size
-from jaxseg.evaluate import dense, report
+from jaxseg.data.source import working_size
+from jaxseg.evaluate import masks as dense
+from jaxseg.report import report
 from jaxseg.experiment import (
     Backbone,
     Reader,
@@ -34,9 +35,9 @@ from jaxseg.experiment import (
     params_digest,
     total_steps,
 )
-from jaxseg.models import backbones
-from jaxseg.tasks.attention import queries
-from jaxseg.tasks.dense import DenseTask
+from jaxseg import backbones
+from jaxseg.tasks.query import queries
+from jaxseg.tasks.masks import DenseTask
 from jaxseg.train import loop, optim, partition
 from jaxseg.train.checkpoint import (
     Checkpointer,

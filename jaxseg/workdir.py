@@ -22,7 +22,7 @@ import ml_collections
 from jax.experimental import multihost_utils
 
 from jaxseg.config import ConfigError, check_same_run, validate
-from jaxseg.models import backbones
+from jaxseg import backbones
 from jaxseg.train.writers import write_json
 
 # Evaluation, analysis and prediction take all but these sections as they were trained.

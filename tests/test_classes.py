@@ -11,7 +11,7 @@ from jaxseg import compare, experiment, predict, run
 from jaxseg.config import ConfigError
 from jaxseg.data import DataError
 from jaxseg.experiment import frozen_paths
-from jaxseg.models import backbones
+from jaxseg import backbones
 
 CLASSES = ("background", "blob", "bar", "never")
 TINY = {

@@ -11,7 +11,7 @@ from configs.common import get_segmentation_config
 from jaxseg import config as checks
 from jaxseg import workdir as folder
 from jaxseg.config import ConfigError
-from jaxseg.models.vit import VARIANTS
+from jaxseg.backbones.vit import VARIANTS
 
 EXPERIMENTS = [
     p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "common"

@@ -170,7 +170,7 @@ def test_teacher_and_student_move(pretrained):
 
     from configs import dino
     from jaxseg import pretrain
-    from jaxseg.models.backbones import BACKBONES
+    from jaxseg.backbones import BACKBONES
 
     config = dino.get_config()
     config.update_from_flattened_dict(DINO_OVERRIDES)

@@ -12,9 +12,9 @@ from tiny import DINO_OVERRIDES, run_main, tiny_arguments, tiny_config
 from configs import dino, rotation
 from jaxseg import analyze, modes, pretrain, run, weights
 from jaxseg.config import ConfigError, check_crops
-from jaxseg.evaluate import report
+from jaxseg.report import report
 from jaxseg.experiment import check_batch, make_source
-from jaxseg.models.backbones import BACKBONES
+from jaxseg.backbones import BACKBONES
 
 LABELLED = {
     "data.name": "kinds",

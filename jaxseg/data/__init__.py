@@ -1,7 +1,7 @@
 """Where images and masks come from and how they reach the device."""
 
-from jaxseg.data.folder import Folder, list_images
-from jaxseg.data.images import (
+from jaxseg.data.formats.binary_masks import Folder, list_images
+from jaxseg.data.image_files import (
     DataError,
     image_size,
     read_image,
@@ -10,7 +10,7 @@ from jaxseg.data.images import (
     write_mask,
 )
 from jaxseg.data.loader import eval_batches, example_index, share, train_batches
-from jaxseg.data.sources import Source, create, fit, placement, working_size
+from jaxseg.data.source import Source, create, fit, placement, working_size
 
 __all__ = [
     "DataError",

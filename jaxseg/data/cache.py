@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxseg.data.sources import Source, fit
+from jaxseg.data.source import Source, fit
 
 log = logging.getLogger(__name__)
 

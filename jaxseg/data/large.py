@@ -15,7 +15,7 @@ import numpy as np
 import pyvips
 from PIL import TiffImagePlugin
 
-from jaxseg.data.images import DataError
+from jaxseg.data.image_files import DataError
 
 LARGE = 64_000_000  # pixels from which `is_large`; well below Pillow's limit
 FORMATS = "JPEG, PNG, TIFF, WebP, AVIF and GIF"

@@ -8,8 +8,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxseg.data.images import VOID
-from jaxseg.data.sources import Source, fit
+from jaxseg.data.image_files import VOID
+from jaxseg.data.source import Source, fit
 
 
 def example_index(seed: int, position: int, length: int) -> int:

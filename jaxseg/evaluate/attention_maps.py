@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxseg.evaluate import figures
-from jaxseg.evaluate.report import overlay
+from jaxseg.report import figures
+from jaxseg.report.report import overlay
 
 VOID = 255
 _OUTLINE = "#ff40ff"

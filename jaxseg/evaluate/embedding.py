@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxseg.evaluate import figures
+from jaxseg.report import figures
 from jaxseg.evaluate.rank import check_features, check_labels, normalize
 
 _START = 1e-4  # deviation of an initial layout: larger ones keep t-SNE from rearranging it

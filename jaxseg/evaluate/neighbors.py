@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseg.evaluate import figures
+from jaxseg.report import figures
 from jaxseg.evaluate.rank import check_features, check_labels, normalize
 
 METRICS = ("cosine", "l2")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxseg.evaluate import figures
+from jaxseg.report import figures
 from jaxseg.evaluate.rank import check_features
 from jaxseg.ops.resize import resize_bilinear
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxseg.evaluate import figures
+from jaxseg.report import figures
 
 
 def check_features(features_NxD: np.ndarray, what: str = "features") -> np.ndarray:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxseg.losses.dino import dino_loss, teacher_probabilities
-from jaxseg.models.backbones import initial_statistics
-from jaxseg.models.projection import ProjectionHead
-from jaxseg.models.segmenter import normalize
-from jaxseg.ops.views import View, draw_views, example_keys
+from jaxseg.backbones import initial_statistics
+from jaxseg.heads.projection import ProjectionHead
+from jaxseg.networks.segmenter import normalize
+from jaxseg.ops.crops import View, draw_views, example_keys
 
 Schedule = Callable[[jax.Array], jax.Array | float]
 GLOBAL_VIEWS = 2

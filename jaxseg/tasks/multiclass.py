@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxseg import multiclass_metrics as metrics
+from jaxseg.metrics import multiclass as metrics
 from jaxseg.losses.multiclass import multiclass_loss
-from jaxseg.tasks.dense import VOID, DenseTask
+from jaxseg.tasks.masks import VOID, DenseTask
 
 
 def background(names: tuple[str, ...]) -> int | None:
@@ -61,7 +61,7 @@ class MulticlassTask(DenseTask):
         )
 
     def summarize(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """See `jaxseg.multiclass_metrics.summarize`."""
+        """See `jaxseg.metrics.multiclass.summarize`."""
         return metrics.summarize(sums, self.names, background=background(self.names))
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxseg.models.backbones import initial_statistics
-from jaxseg.models.segmenter import normalize
-from jaxseg.ops.views import View, center_crops, draw_views, example_keys
+from jaxseg.backbones import initial_statistics
+from jaxseg.networks.segmenter import normalize
+from jaxseg.ops.crops import View, center_crops, draw_views, example_keys
 
 ROTATIONS = 4
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxseg.models import backbones
-from jaxseg.models.backbones import BACKBONES, AnyVariant
-from jaxseg.models.resnet import ResNetVariant
-from jaxseg.weights import catalog, convert, orbax, resnet, safetensors, torch_pickle
+from jaxseg import backbones
+from jaxseg.backbones import BACKBONES, AnyVariant
+from jaxseg.backbones.resnet import ResNetVariant
+from jaxseg.weights import catalog, resnet_tensors, safetensors_file, torch_pickle, vit_tensors, workdir_file
 
 _VARIANT = "jaxseg.variant"  # among the metadata of a file that `export` wrote
 
@@ -71,14 +71,14 @@ def load(
     if variant is None and path.suffix == ".safetensors":
         variant = _stored_variant(path)
     digest = _sha256(path, expected=catalog.CATALOG.get(name))
-    tensors = convert.pick_branch(_read(path), branch=branch, source=str(path))
-    found = resnet.is_resnet(tensors)
+    tensors = vit_tensors.pick_branch(_read(path), branch=branch, source=str(path))
+    found = resnet_tensors.is_resnet(tensors)
     if variant is not None and isinstance(variant, ResNetVariant) != found:
         raise ValueError(f"{path} holds {'a' if found else 'no'} ResNet, not a {variant.name}")
     if found:
-        params, statistics, variant = resnet.to_flax(tensors, str(path), variant=variant)
+        params, statistics, variant = resnet_tensors.to_flax(tensors, str(path), variant=variant)
         return Weights(params, variant, str(path), digest, statistics)
-    params, variant = convert.to_flax(tensors, variant=variant, source=str(path))
+    params, variant = vit_tensors.to_flax(tensors, variant=variant, source=str(path))
     return Weights(params, variant, str(path), digest)
 
 
@@ -95,20 +95,20 @@ def export(workdir: str | Path, path: str | Path) -> Weights:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"--outputs={path}: allowed are names that end in .safetensors")
-    params, _, variant = orbax.read(Path(workdir))
+    params, _, variant = workdir_file.read(Path(workdir))
     if isinstance(variant, ResNetVariant):
         raise ValueError(f"{workdir} holds a {variant.name}; only a ViT can be exported")
-    tensors = convert.from_flax(params, variant)
+    tensors = vit_tensors.from_flax(params, variant)
     half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     metadata = {"format": "pt", _VARIANT: json.dumps(backbones.to_json(variant))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.write(path, half, metadata)
+    safetensors_file.write(path, half, metadata)
     return load(path)
 
 
 def _stored_variant(path: Path) -> AnyVariant | None:
     """What `export` says of a file; None for any other file."""
-    text = safetensors.metadata(path).get(_VARIANT)
+    text = safetensors_file.metadata(path).get(_VARIANT)
     if text is None:
         return None
     try:
@@ -136,12 +136,12 @@ def _sha256(path: Path, *, expected: catalog.Entry | None) -> str:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        return safetensors.read(path)
+        return safetensors_file.read(path)
     return torch_pickle.read(path)
 
 
 def _load_orbax(path: Path) -> Weights:
-    params, statistics, variant = orbax.read(path)
+    params, statistics, variant = workdir_file.read(path)
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves((params, statistics)):
         digest.update(np.ascontiguousarray(leaf).tobytes())

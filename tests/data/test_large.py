@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jaxseg.data import large
-from jaxseg.data.images import DataError, read_image
+from jaxseg.data.image_files import DataError, read_image
 from jaxseg.data.large import LargeImage, NpyWriter, Overview, PngWriter, is_large
 
 RNG = np.random.default_rng(0)

@@ -124,7 +124,7 @@ def test_released_weights_look_at_the_object():
     import jax
 
     from jaxseg import weights
-    from jaxseg.models import vit
+    from jaxseg.backbones import vit
 
     path = shared_path("weights/dinov2_vits14_derived_fp16.pth")
     images, masks = [], []

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.evaluate import figures, neighbors
+from jaxseg.evaluate import neighbors
+from jaxseg.report import figures
 from jaxseg.evaluate.neighbors import nearest, neighbor_agreement, plot_neighbors
 
 

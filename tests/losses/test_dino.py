@@ -7,7 +7,7 @@ import pytest
 from shared import shared_path
 
 from jaxseg.losses.dino import dino_loss, teacher_probabilities
-from jaxseg.models.projection import ProjectionHead
+from jaxseg.heads.projection import ProjectionHead
 from jaxseg.tasks.dino import DinoTask
 from jaxseg.train.schedules import staircase
 

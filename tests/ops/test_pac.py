@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from shared import shared_path
 
-from jaxseg.ops import pac_fast
+from jaxseg.ops.pac import fast as pac_fast
 from jaxseg.ops.pac import (
     Kernel,
     pac_conv,

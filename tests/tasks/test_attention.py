@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxseg.tasks import attention
-from jaxseg.tasks.attention import AttentionTask
+from jaxseg.tasks.query import AttentionTask
 
 NAMES = ("background", "cat", "dog", "car")
 

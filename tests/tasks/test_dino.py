@@ -13,8 +13,8 @@ import pytest
 from scipy.special import erf
 
 from configs.dino import get_config
-from jaxseg.models.projection import ProjectionHead
-from jaxseg.ops.views import View, draw_views
+from jaxseg.heads.projection import ProjectionHead
+from jaxseg.ops.crops import View, draw_views
 from jaxseg.tasks.dino import DinoTask
 from jaxseg.train import loop, optim
 from jaxseg.train.schedules import cosine, staircase

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseg.models.segmenter import NORMALIZATIONS
-from jaxseg.ops.views import View
+from jaxseg.networks.segmenter import NORMALIZATIONS
+from jaxseg.ops.crops import View
 from jaxseg.tasks.rotation import RotationTask
 
 SIDE = 6

@@ -6,8 +6,8 @@ import pytest
 
 from configs.dino import get_config
 from jaxseg import pretrain
-from jaxseg.data import shapes
-from jaxseg.models.vit import Variant
+from jaxseg.data.drawn import shapes
+from jaxseg.backbones.vit import Variant
 from jaxseg.train import loop
 from jaxseg.train.collapse import MESSAGES, CollapseMonitor
 

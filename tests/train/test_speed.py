@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxseg.models import vit
+from jaxseg.backbones import vit
 from jaxseg.train import speed
 from jaxseg.train.speed import compiled, product_flops
 

@@ -8,8 +8,11 @@ from tiny import tiny_config
 
 from jaxseg import modes, run, weights
 from jaxseg.experiment import Backbone
-from jaxseg.models import backbones, vit
-from jaxseg.weights import convert, safetensors, torch_pickle
+from jaxseg import backbones
+from jaxseg.backbones import vit
+from jaxseg.weights import safetensors_file as safetensors
+from jaxseg.weights import torch_pickle
+from jaxseg.weights import vit_tensors as convert
 
 
 def test_back_to_the_release():

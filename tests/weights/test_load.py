@@ -8,7 +8,7 @@ import pytest
 from checkpoints import vit_tensors, write_pth, write_safetensors
 
 from jaxseg import weights
-from jaxseg.models import vit
+from jaxseg.backbones import vit
 from jaxseg.weights import catalog
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checkpoints import write_safetensors
 
-from jaxseg.weights import safetensors
+from jaxseg.weights import safetensors_file as safetensors
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

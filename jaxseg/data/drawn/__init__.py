@@ -1,0 +1,1 @@
+"""Data sets that are drawn: they need no files."""
