@@ -13,7 +13,7 @@ Presets, after a colon:
 
 import ml_collections
 
-from configs.common import get_attention_config, parse_presets
+from jaxseg.schema import base_config, parse_presets
 
 PRESETS = ("coco5", "course", "runlocal")
 
@@ -21,7 +21,7 @@ PRESETS = ("coco5", "course", "runlocal")
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
-    config = get_attention_config()
+    config = base_config("query")
     config.head.attention.width = 128
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=4e-3, weight_decay=0.05, average=0.99)

@@ -20,7 +20,7 @@ Presets, after a colon:
 
 import ml_collections
 
-from configs.common import get_multiclass_config, parse_presets
+from jaxseg.schema import base_config, parse_presets
 
 PRESETS = ("camvid", "coco5", "voc", "finetune", "runlocal")
 _VOC = "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -30,7 +30,8 @@ _VOC += "motorbike person pottedplant sheep sofa train tvmonitor"
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
-    config = get_multiclass_config()
+    config = base_config("multiclass")
+    config.head.name = "deeplabv3plus"
     config.head.deeplabv3plus.update(channels=64, separable=True, reduce=64, low_width=32)
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=4e-3, weight_decay=0.05, average=0.99)
@@ -42,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.optim.lr = 3e-3
         config.train.eval_every = 0
     if "camvid" in presets:
-        config.data.name = "folder"
+        config.data.name = "class_masks"
         config.backbone.update(stride=8, layers=(-4, -1))
         config.head.name = "guided"  # val mIoU 0.735; deeplabv3plus 0.692, linear 0.633
         config.train.update(batch=4, epochs=15.0, log_every=20)
@@ -54,7 +55,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.train.update(epochs=30.0, log_every=10)
         config.eval.batch = 8
     if "voc" in presets:
-        config.data.update(name="folder", size=(512, 512), classes=tuple(_VOC.split()))
+        config.data.update(name="class_masks", size=(512, 512), classes=tuple(_VOC.split()))
         config.backbone.update(variant="resnet50", train="all")
         config.head.deeplabv3plus.update(
             channels=256, reduce=0, separable=False, auxiliary=True, low_width=64

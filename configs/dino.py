@@ -25,7 +25,7 @@ Without a preset: ViT-S/16 by the paper's recipe, with crops of images that have
 
 import ml_collections
 
-from configs.common import get_pretraining_config, parse_presets
+from jaxseg.schema import base_config, parse_presets
 
 PRESETS = ("s16", "small", "laptop", "course", "shapes", "small_batch", "runlocal")
 
@@ -33,35 +33,10 @@ PRESETS = ("s16", "small", "laptop", "course", "shapes", "small_batch", "runloca
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
-    config = get_pretraining_config()
-    config.task = "dino"
+    config = base_config("dino")
+    config.backbone.drop_path = 0.1
     config.data.size = (256, 256)
     config.backbone.variant = "dino_vits16"
-    config.views.update(
-        global_size=224,
-        global_scale=(0.4, 1.0),
-        local_size=96,
-        local_scale=(0.05, 0.4),
-        local_count=8,
-        blur=(1.0, 0.1, 0.5),  # of the first and the second global view, and of the local ones
-        solarize=(0.0, 0.2, 0.0),
-    )
-    config.dino = ml_collections.ConfigDict(
-        dict(
-            outputs=65536,
-            hidden=2048,
-            bottleneck=256,
-            norm_last_layer=True,
-            batch_norm=False,  # in the projection head
-            student_temperature=0.1,
-            teacher_temperature=0.04,
-            warmup_teacher_temperature=0.04,
-            warmup_teacher_epochs=0,
-            momentum=0.996,  # of the teacher; reaches 1 along a cosine
-            center_momentum=0.9,
-            freeze_last_layer=1.0,  # epochs
-        )
-    )
     config.optim.update(
         lr=5e-4,
         lr_batch=256,

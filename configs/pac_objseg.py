@@ -20,7 +20,7 @@ Presets, after a colon:
 
 import ml_collections
 
-from configs.common import get_segmentation_config, parse_presets
+from jaxseg.schema import base_config, parse_presets
 
 PRESETS = ("runlocal", "course", "real")
 
@@ -28,14 +28,15 @@ PRESETS = ("runlocal", "course", "real")
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
-    config = get_segmentation_config()
+    config = base_config("binary")
+    config.head.name = "guided"
     config.backbone.update(weights="shapes_micro8", layers=(-3, -2, -1))
     config.loss.dice = 1.0
     config.augment.flip = 0.5
     config.optim.update(name="muon", lr=4e-3, weight_decay=0.05, average=0.99)
     config.train.update(batch=8, epochs=12.0, eval_every=1000, checkpoint_every=250, log_every=50)
     if "real" in presets or "course" in presets:
-        config.data.name = "folder"
+        config.data.name = "binary_masks"
         config.backbone.update(weights="", layers=(-1,))
         config.head.guided.guide_widths = (8, 16, 32)
         config.train.update(batch=4, eval_every=0, log_every=10)

@@ -13,8 +13,7 @@ Presets, after a colon:
 
 import ml_collections
 
-from configs import dino
-from configs.common import get_pretraining_config, parse_presets
+from jaxseg.schema import base_config, parse_presets
 
 PRESETS = ("laptop", "runlocal")
 
@@ -22,8 +21,8 @@ PRESETS = ("laptop", "runlocal")
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; `arg` holds presets, comma separated."""
     presets = parse_presets(arg, PRESETS)
-    config = get_pretraining_config()
-    config.task = "rotation"
+    config = base_config("rotation")
+    config.backbone.drop_path = 0.1
     config.data.size = (256, 256)
     config.backbone.variant = "resnet50"
     config.views.update(size=224, scale=(0.4, 1.0), jitter=0.0, gray=0.0)
@@ -31,11 +30,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train.update(batch=64, epochs=100.0, log_every=50, eval_every=2000, checkpoint_every=500)
     config.eval.split = "val"
     if "laptop" in presets:
-        like = dino.get_config("laptop")
-        config.backbone.variant = like.backbone.variant
-        config.data.size = like.data.size
-        config.views.size = like.views.global_size
-        config.train.update(batch=128, epochs=14.0, eval_every=like.train.eval_every)
+        config.backbone.variant = "resnet10_mini"
+        config.data.size = (32, 32)
+        config.views.size = 32
+        config.train.update(batch=128, epochs=14.0, eval_every=1000)
     if "runlocal" in presets:
         config.data.limit = 32
         config.eval.limit = 32

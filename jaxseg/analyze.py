@@ -10,32 +10,36 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxseg import pretrain
+from jaxseg import assembly
 from jaxseg import workdir as folder
-from jaxseg.config import DENSE_TASKS, ConfigError, validate
-from jaxseg.data import source as sources
+from jaxseg.backbones.backbone import Backbone
+from jaxseg.backbones.contract import apply, contract, init_options
+from jaxseg.data.reader import Reader
+from jaxseg.data.source import Source, categories_of, example_of, fit, spread, working_size
 from jaxseg.evaluate import (
     attention_maps,
-    embedding,
     features,
     knn,
     neighbors,
-    pca,
     probe,
     rank,
+    snapshots,
 )
-from jaxseg.report import figures, report
-
-from jaxseg.experiment import Backbone, make_source
-from jaxseg.backbones.vit import ViT
+from jaxseg.evaluate.whole_images import WholeImages
 from jaxseg.ops.crops import center_crops
+from jaxseg.report import features as pictures
+from jaxseg.report import page
+from jaxseg.report.pictures import plot_curves
+from jaxseg.run import restore
+from jaxseg.schema import ConfigError, validate
+from jaxseg.tasks import TASKS
+from jaxseg.tasks.feature_scores import MEMORY_SHARE, knn_reference, labelled
 from jaxseg.train import partition
 from jaxseg.train.writers import read_metrics, write_json
 
@@ -65,38 +69,34 @@ def analyze(
     Raises:
       ConfigError: there is neither a run nor weights.
     """
-    stored = (workdir / "config.json").exists()
-    if stored and folder.load(workdir, overrides)[0].task in DENSE_TASKS:
+    if (workdir / "config.json").exists():
+        if TASKS[folder.load(workdir, overrides)[0].task].heads:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run of segmentation; to analyse its backbone give "
+                f"--config=configs/dino.py --config.backbone.weights={workdir} and a new --workdir"
+            )
+        run = restore(workdir, overrides)
+        backbone, variables = run.task.judged_backbone(run.state)
+        subject = f"the run in {workdir.name} at step {run.step}"
+        at = dict(step=run.step, stored_size=run.task.facts.size)
+        return _Analysis(run.config, backbone, variables, run.mesh, workdir, subject, **at).run()
+    if config is None or not config.backbone.weights:
         raise ConfigError(
-            f"--workdir={workdir} holds a run of segmentation; to analyse its backbone give "
-            f"--config=configs/dino.py --config.backbone.weights={workdir} and a new --workdir"
+            f"--workdir={workdir} holds no run; to analyse weights give --config=configs/dino.py "
+            "--config.backbone.weights=NAME and a new --workdir"
         )
-    if stored:
-        run = pretrain.restore(workdir, overrides)
-        size = run.size
-        config, backbone, mesh = run.config, run.task.backbone, run.mesh
-        variables = run.task.backbone_variables(run.state.best_params, run.state.extra)
-        subject, step = f"the run in {workdir.name} at step {run.step}", run.step
-    else:
-        if config is None or not config.backbone.weights:
-            raise ConfigError(
-                f"--workdir={workdir} holds no run; to analyse weights give --config=configs/dino.py "
-                "--config.backbone.weights=NAME and a new --workdir"
-            )
-        if config.task in DENSE_TASKS:
-            raise ConfigError(
-                f"--mode=analyze looks at backbones, and --config is of the task {config.task}: allowed "
-                "are configs/dino.py and configs/rotation.py"
-            )
-        validate(config)
-        loaded = Backbone.load(config)
-        backbone = pretrain.make_backbone(config, loaded.variant)
-        mesh = partition.make_mesh()
-        variables = {"params": loaded.params, "batch_stats": loaded.statistics}
-        shardings = partition.tree_sharding(mesh, variables, config.sharding.params)
-        variables = partition.put_tree(variables, shardings)
-        subject, size, step = f"{config.backbone.weights}", None, 0
-    return _Analysis(config, backbone, variables, mesh, workdir, subject, step, size).run()
+    if TASKS[config.task].heads:
+        raise ConfigError(
+            f"--mode=analyze looks at backbones, and --config is of the task {config.task}: allowed "
+            "are configs/dino.py and configs/rotation.py"
+        )
+    validate(config)
+    backbone, mesh = assembly.make_backbone(config), partition.make_mesh()
+    variables = {"params": backbone.params, "batch_stats": backbone.statistics}
+    shardings = partition.tree_sharding(mesh, variables, config.sharding.params)
+    variables = partition.put_tree(variables, shardings)
+    subject = f"{config.backbone.weights}"
+    return _Analysis(config, backbone, variables, mesh, workdir, subject).run()
 
 
 class _Analysis:
@@ -105,40 +105,47 @@ class _Analysis:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        backbone: nn.Module,
+        backbone: Backbone,
         variables: Mapping[str, Any],
         mesh: Mesh,
         workdir: Path,
         subject: str,
-        step: int,
-        stored_size: tuple[int, int] | None,
+        step: int = 0,
+        stored_size: tuple[int, int] | None = None,
     ):
-        self.config, self.backbone, self.variables = config, backbone, variables
+        settings = assembly.make_settings(config)
+        self.scoring, self.reading, self.seed = settings.scoring, settings.reading, settings.seed
+        self.data, self.text = assembly.make_data(config), json.dumps(config.to_dict(), indent=2)
+        self.backbone, self.variables = backbone, variables
         self.mesh, self.workdir, self.subject, self.step = mesh, workdir, subject, step
         self.folder = workdir / "report"
-        self.held_out = make_source(config, config.eval.split)
-        self.size = pretrain.image_size(config, self.held_out, stored_size)
-        self.names = tuple(self.held_out.categories)
-        self.result: dict[str, Any] = {"subject": subject, "split": config.eval.split}
+        self.held_out = self.data.split(self.scoring.split)
+        asked = tuple(self.reading.size)
+        self.size = working_size(self.held_out, asked, 1) if any(asked) else stored_size
+        self.size = self.size or working_size(self.held_out, asked, 1)
+        self.names = categories_of(self.held_out)
+        self.result: dict[str, Any] = {"subject": subject, "split": self.scoring.split}
         self.pictures: dict[str, tuple[str, Callable[[Path], Any]]] = {}
-        # Not part of the compiled program: images of many sizes are resized to few.
-        self._prepare = pretrain.make_input(config, backbone)
-        options = {"attention": True} if isinstance(backbone, ViT) else {}
+        self.seen = WholeImages(
+            backbone.module, backbone.normalization, self.scoring.resolution, self.scoring.crop
+        )
+        self.attends = "attention" in contract(backbone.module).keywords
+        options = {"attention": True} if self.attends else {}
 
         def look(variables, image):
-            out = backbone.apply(variables, image, **options)
+            out = apply(backbone.module, variables, image, train=False, **options)
             attention = {"attention": out["attention"][:, :, :1]} if options else {}
             return {"patches": out["patches"], **attention}
 
         self._apply = jax.jit(look, out_shardings=partition.replicated(mesh))
-        embed = pretrain.make_embedding(config, backbone)
         # At most 32 x 32, which is CIFAR's size and enough for a baseline.
         side = (min(32, self.size[0]), min(32, self.size[1]))
 
         def compute(variables, batch):
-            small = center_crops(batch["image"], batch["extent"], side, share=config.eval.crop)
+            crop = self.scoring.crop
+            small = center_crops(batch["image"], batch["extent"], side, share=crop)
             pixels = jnp.round(255 * small).astype(jnp.uint8).reshape(len(small), -1)
-            return {**embed(variables, batch), "pixels": pixels}
+            return {**self.seen.embed(variables, batch), "pixels": pixels}
 
         self._gather = features.Gatherer(compute, mesh)
         # Now, so that hours of work do not end at a folder that cannot be written.
@@ -150,7 +157,7 @@ class _Analysis:
         self.result["images"] = len(found["cls"])
         self.result["rankme"] = rank.rankme(found["cls"])
         self.result["embedding_std"] = rank.embedding_std(found["cls"])
-        reference = pretrain.knn_reference(self.config, self.held_out)
+        reference = knn_reference(self.data, self.scoring, self.held_out)
         if reference is not None and (found["category"] >= 0).any():
             self._classes(found, reference)
         self._neighbors(found)
@@ -162,14 +169,24 @@ class _Analysis:
 
     def _features(self, source, variables) -> dict[str, np.ndarray]:
         """`cls` and, as a baseline, `pixels` of all images of a source."""
-        reader = pretrain.Reader(self.config, source, self.size)
-        batches, count = reader.spread(self.config.eval.limit)
+        batches, count = self._reader(source).spread(self.scoring.limit)
         return self._gather(variables, batches, total=count, label="features")
 
-    def _classes(self, found: Mapping[str, np.ndarray], reference: sources.Source) -> None:
+    def _reader(self, source: Source, batch: int = 0) -> Reader:
+        return Reader(
+            source,
+            self.size,
+            reading=self.reading,
+            batch=batch or self.scoring.batch,
+            seed=self.seed,
+            leave_out=("mask",),
+            memory_share=MEMORY_SHARE,
+        )
+
+    def _classes(self, found: Mapping[str, np.ndarray], reference: Source) -> None:
         """k-NN and linear probe, beside the same network untrained and beside raw pixels."""
-        found = pretrain.labelled(found)
-        train = pretrain.labelled(self._features(reference, self.variables))
+        found = labelled(found)
+        train = labelled(self._features(reference, self.variables))
         if not len(train["cls"]):
             return
         untrained = self._untrained(reference)
@@ -178,17 +195,17 @@ class _Analysis:
         rows = {
             "backbone": (train["cls"], found["cls"]),
             "untrained": tuple(
-                pretrain.labelled(self._features(source, untrained))["cls"]
+                labelled(self._features(source, untrained))["cls"]
                 for source in (reference, self.held_out)
             ),
             "pixels": tuple(x - mean for x in pixels),
         }
         labels, truth = train["category"], found["category"]
-        k = min(self.config.eval.k, len(labels))
-        if k < self.config.eval.k:
+        k = min(self.scoring.k, len(labels))
+        if k < self.scoring.k:
             log.warning("k-NN with k = %d: there are no more images with a class in training", k)
         options = dict(classes=len(self.names))
-        near = dict(k=k, temperature=self.config.eval.temperature, **options)
+        near = dict(k=k, temperature=self.scoring.temperature, **options)
         table = {}
         for name, (a, b) in rows.items():
             table[name] = {
@@ -204,37 +221,34 @@ class _Analysis:
         self._show(
             "confusion.png",
             "What k-NN takes for what",
-            lambda path: figures.plot_confusion(truth, predicted, self.names, path),
+            lambda path: pictures.plot_confusion(truth, predicted, self.names, path),
         )
         self._show(
             "spectrum.png",
             "Singular values of the features",
-            lambda path: rank.plot_spectrum({n: b for n, (_, b) in rows.items()}, path),
+            lambda path: pictures.plot_spectrum({n: b for n, (_, b) in rows.items()}, path),
         )
 
-    def _untrained(self, reference: sources.Source) -> dict[str, Any]:
+    def _untrained(self, reference: Source) -> dict[str, Any]:
         """Fresh variables; batch norm's running statistics are those of some reference images."""
-        seen = pretrain.network_size(self.config, self.backbone, self.size)
-        init = jax.jit(self.backbone.init)
-        variables = dict(init(jax.random.key(self.config.seed), jnp.zeros((1, *seen, 3))))
+        module, seen = self.backbone.module, self.seen.size(self.size)
+        init = jax.jit(lambda key, x: module.init(key, x, **init_options(module)))
+        variables = dict(init(jax.random.key(self.seed), jnp.zeros((1, *seen, 3))))
         if not variables.get("batch_stats"):
             return variables
-        crops = pretrain.make_crops(self.config, self.backbone)
 
         @jax.jit
         def see(variables, batch):
-            _, changed = self.backbone.apply(
-                variables, crops(batch), train=True, mutable=["batch_stats"]
+            _, changed = apply(
+                module, variables, self.seen.crops(batch), train=True, mutable=["batch_stats"]
             )
             return {**variables, **changed}
 
         # Whole batches alone: what fills one up would count in its statistics.
-        most = min(self.config.eval.batch, len(reference))
+        most = min(self.scoring.batch, len(reference))
         batch = max(most // self.mesh.size * self.mesh.size, 1)
-        config = self.config.copy_and_resolve_references()
-        config.eval.batch = batch
         count = min(_CALIBRATION, len(reference)) // batch * batch
-        batches, _ = pretrain.Reader(config, reference, self.size).spread(count)
+        batches, _ = self._reader(reference, batch).spread(count)
         before, left = variables["batch_stats"], 1.0
         for batch in batches:
             variables = see(variables, partition.put_batch(self.mesh, batch))
@@ -248,9 +262,9 @@ class _Analysis:
         if count <= _NEIGHBORS:
             return
         labelled = self._labelled(found)
-        chosen = sources.spread(len(self.held_out), self.config.eval.limit or len(self.held_out))
+        chosen = spread(len(self.held_out), self.scoring.limit or len(self.held_out))
         everyone = np.arange(count)
-        queries = sources.spread(count, _PICTURES)
+        queries = spread(count, _PICTURES)
         for metric in ("cosine", "l2"):
             nearest = neighbors.nearest(found["cls"], everyone, k=_NEIGHBORS, metric=metric)
             if labelled:
@@ -258,13 +272,15 @@ class _Analysis:
                 self.result[f"neighbor_agreement_{metric}"] = agreement
             wanted = {int(i) for i in np.concatenate([queries[:, None], nearest[queries]], 1).flat}
             images = [
-                self.held_out[int(chosen[found["index"][i]])]["image"] if i in wanted else None
+                example_of(self.held_out, chosen[found["index"][i]])["image"]
+                if i in wanted
+                else None
                 for i in range(count)
             ]
             self._show(
                 f"neighbors_{metric}.png",
                 f"Query and nearest neighbours ({metric})",
-                lambda path, images=images, nearest=nearest: neighbors.plot_neighbors(
+                lambda path, images=images, nearest=nearest: pictures.plot_neighbors(
                     images,
                     queries,
                     nearest[queries],
@@ -279,36 +295,36 @@ class _Analysis:
 
     def _tsne(self, found: Mapping[str, np.ndarray]) -> None:
         labelled = self._labelled(found)
-        picked = sources.spread(len(found["cls"]), _TSNE_POINTS)
-        size = pretrain.network_size(self.config, self.backbone, self.size)
-        snapshots, other = [], 0
-        for path in sorted((self.workdir / "features").glob("[0-9]*.npz")):
+        picked = spread(len(found["cls"]), _TSNE_POINTS)
+        size = self.seen.size(self.size)
+        shown, other = [], 0
+        for path in sorted((self.workdir / snapshots.FOLDER).glob("[0-9]*.npz")):
             if int(path.stem) > self.step:  # of an attempt that was cut short
                 continue
             with np.load(path) as kept:
                 # Since then another limit, split, size or data set may have been asked for.
-                if not pretrain.same_images(kept, found, self.names, size):
+                if not snapshots.same_images(kept, found, self.names, size):
                     other += 1
                     continue
                 cls = kept["cls"][picked].astype(np.float32)
                 category = kept["category"][picked] if labelled else None
-            snapshots.append((f"step {int(path.stem)}", cls, category))
+            shown.append((f"step {int(path.stem)}", cls, category))
         if other:
             log.warning("t-SNE leaves out %d snapshots of other images than those looked at", other)
-        if not snapshots:
+        if not shown:
             category = found["category"][picked] if labelled else None
-            snapshots = [(self.subject, found["cls"][picked], category)]
-        if len(snapshots[0][1]) < 10:
+            shown = [(self.subject, found["cls"][picked], category)]
+        if len(shown[0][1]) < 10:
             return
         self._show(
             "tsne.png",
             "t-SNE of the features",
-            lambda path: embedding.plot_tsne(snapshots, self.names if labelled else (), path),
+            lambda path: pictures.plot_tsne(shown, self.names if labelled else (), path),
         )
 
     def _dense(self) -> None:
         """PCA of the patch tokens, and attention: on a few images, and on all that have masks."""
-        examples = [self.held_out[int(i)] for i in sources.spread(len(self.held_out), _PICTURES)]
+        examples = [example_of(self.held_out, i) for i in spread(len(self.held_out), _PICTURES)]
         outputs = [self._look(example) for example in examples]
         images = [image for image, _, _, _ in outputs]
         tokens = [patches for _, patches, _, _ in outputs]
@@ -317,24 +333,24 @@ class _Analysis:
             self._show(
                 "pca.png",
                 "The first three principal components of the patch tokens as red, green and blue",
-                lambda path: pca.plot_pca(
+                lambda path: pictures.plot_pca(
                     [images[i] for i in flat], [tokens[i] for i in flat], path
                 ),
             )
-        if not isinstance(self.backbone, ViT):
+        if not self.attends:
             return
         masks = [mask for *_, mask in outputs] if outputs[0][3] is not None else None
         attentions = [attention for _, _, attention, _ in outputs]
         self._show(
             "attention.png",
             "Attention of the last block's CLS token",
-            lambda path: attention_maps.plot_attention(images, attentions, masks, path),
+            lambda path: pictures.plot_attention(images, attentions, masks, path),
         )
         if masks is None:
             return
-        limit = self.config.eval.limit or len(self.held_out)
-        chosen = sources.spread(len(self.held_out), limit)
-        looks = [self._look(self.held_out[int(i)])[2:] for i in chosen]
+        limit = self.scoring.limit or len(self.held_out)
+        chosen = spread(len(self.held_out), limit)
+        looks = [self._look(example_of(self.held_out, i))[2:] for i in chosen]
         if any(attention_maps.has_foreground(mask) for _, mask in looks):
             self.result["attention_jaccard"] = attention_maps.attention_jaccard(
                 [attention for attention, _ in looks], [mask for _, mask in looks]
@@ -344,10 +360,10 @@ class _Analysis:
 
     def _look(self, example: Mapping[str, Any]):
         """(image, patch tokens, attention [heads, h, w] or None, mask or None) of an example."""
-        example = sources.fit(dict(example), self.size, multiple=1)
+        example = fit(dict(example), self.size, multiple=1)
         h, w = example.get("extent", example["image"].shape[:2])
         example = {k: example[k][:h, :w] for k in ("image", "mask") if k in example}
-        image = np.asarray(self._prepare(example["image"][None]))
+        image = np.asarray(self.seen.prepare(example["image"][None]))
         out = jax.device_get(self._apply(self.variables, image))
         patches, attention = out["patches"][0], None
         if "attention" in out:
@@ -362,17 +378,17 @@ class _Analysis:
         print(_summary(self.result), flush=True)
         write_json(self.workdir / "analysis.json", self.result)
         captions = {}
-        if report.plot_curves(read_metrics(self.workdir), self.folder / "curves.png"):
+        if plot_curves(read_metrics(self.workdir), self.folder / "curves.png"):
             captions["curves.png"] = "Training"
         for name, (caption, draw) in self.pictures.items():
             draw(self.folder / name)
             captions[name] = caption
-        report.write_page(
+        page.write_page(
             self.folder / "analysis.html",
             title=f"What {self.subject} has learnt",
             table=_table(self.result),
             captions=captions,
-            config=json.dumps(self.config.to_dict(), indent=2),
+            config=self.text,
         )
 
 

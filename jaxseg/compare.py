@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxseg import assembly
+from jaxseg.data.image_files import VOID
+from jaxseg.data.source import example_of
 from jaxseg.metrics import multiclass as metrics
-from jaxseg import workdir as folder
-from jaxseg.config import DENSE_TASKS, ConfigError
-from jaxseg.report import report
-from jaxseg.experiment import make_source, mask_names
 from jaxseg.metrics.binary import add
-from jaxseg.predict import Predictor
+from jaxseg.predict import check_masks
+from jaxseg.predictor import Predictor
+from jaxseg.report import page, pictures
 from jaxseg.run import restore
-from jaxseg.tasks.masks import VOID
-from jaxseg.tasks.multiclass import background
+from jaxseg.schema import ConfigError
+from jaxseg.tasks.masks import background
 from jaxseg.train.writers import Progress, write_json
 
 log = logging.getLogger(__name__)
@@ -50,18 +51,17 @@ def compare(workdirs: Sequence[Path], overrides: Mapping[str, Any], output: Path
     if len(workdirs) < 2:
         raise ConfigError("--mode=compare needs --workdirs=A,B with at least two runs")
     for path in workdirs:
-        task = folder.load(path, overrides)[0].task
-        if task not in DENSE_TASKS:
-            raise ConfigError(f"the run in {path} is one of {task}, which predicts no masks")
+        check_masks(path, overrides)
     runs = {
         name: restore(path, overrides)
         for name, path in zip(_names(workdirs), workdirs, strict=True)
     }
     first = next(iter(runs.values()))
-    source = make_source(first.config, first.config.eval.split)
-    names = mask_names(source)
+    split = first.scoring.split
+    source = assembly.make_data(first.config).split(split)
+    names = assembly.names_in(source, first.config.task)
     for name, run in runs.items():
-        if run.task.names != names:
+        if tuple(run.task.names) != names:
             raise ConfigError(
                 f"the run {name} predicts {', '.join(run.task.names)}; the data of the first run hold "
                 f"{', '.join(names)}: only runs of the same classes can be compared"
@@ -74,7 +74,7 @@ def compare(workdirs: Sequence[Path], overrides: Mapping[str, Any], output: Path
     sums, differing = _score(source, predictors, names)
     empty = background(names)
     methods = {n: metrics.summarize(s, names, background=empty) for n, s in sums.items()}
-    result = {"split": first.config.eval.split, "images": len(source), "methods": methods}
+    result = {"split": split, "images": len(source), "methods": methods}
     if jax.process_index() == 0:
         _write(output, result, differing, names, runs)
     return result
@@ -100,7 +100,7 @@ def _score(source, predictors: Mapping[str, Predictor], names: Sequence[str]):
     most: list[tuple[float, int, dict[str, Any]]] = []
     progress = Progress("compare", len(source))
     for index in range(len(source)):
-        example = source[index]
+        example = example_of(source, index)
         image, mask = example["image"], example["mask"]
         masks = {n: p.predict(image) for n, p in predictors.items()}
         everything = {f"always {names[constant]}": np.full_like(mask, constant), **masks}
@@ -131,7 +131,7 @@ def _most_frequent(source, names: Sequence[str]) -> int:
     if empty is not None:
         return empty
     step = max(1, len(source) // 100)
-    masks = (source[i]["mask"] for i in range(0, len(source), step))
+    masks = (example_of(source, i)["mask"] for i in range(0, len(source), step))
     return int(sum(np.bincount(m.ravel(), minlength=256) for m in masks)[: len(names)].argmax())
 
 
@@ -142,19 +142,19 @@ def _write(output: Path, result, differing, names, runs) -> None:
     table = [head] + [
         [
             name,
-            *(report.cell(scores.get(c)) for c in _COLUMNS),
-            *(report.cell(scores["per_class"][n]["iou"]) for n in names),
+            *(page.cell(scores.get(c)) for c in _COLUMNS),
+            *(page.cell(scores["per_class"][n]["iou"]) for n in names),
         ]
         for name, scores in methods.items()
     ]
     for row in table:
         print("  ".join(f"{c:>10s}" if i else f"{c:24s}" for i, c in enumerate(row[:6])))
-    report.plot_comparison(differing, output / "report" / "comparison.png", names=names)
-    report.plot_method_bars(
+    pictures.plot_comparison(differing, output / "report" / "comparison.png", names=names)
+    pictures.plot_method_bars(
         {m: {n: s["per_class"][n]["iou"] for n in names} for m, s in methods.items()},
         output / "report" / "comparison_classes.png",
     )
-    report.write_page(
+    page.write_page(
         output / "report" / "comparison.html",
         title="Comparison",
         lead=f"{result['images']} images of split {result['split']}, at their own sizes; IoU by class.",

@@ -12,6 +12,14 @@ _KEY = "option"
 _SAME: Any = object()
 
 
+class OptionError(ValueError):
+    """A value that is not allowed.
+
+    The message begins with the field's name (`freeze is 9; allowed: 0 to 4`), so that whoever made the
+    object from a config can put the name of the section before it.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """A value that a config may set.
@@ -22,7 +30,9 @@ class Option:
       low, high: what numbers (each one of a tuple) lie between, both allowed; None for no limit.
       choices: the values that are allowed (each one of a tuple); () for any.
       multiple: numbers are multiples of it; 0 for any.
-      length: how many values a tuple holds; None for any number, also none.
+      whole: numbers are whole ones, where the default does not tell.
+      length: how many values a tuple holds; None for any number.
+      least: how many it holds at least.
       neutral: what a stored config that lacks the key is read with: what the code did before the
         option was added, if that is not `default`.
       free: whether a run may go on with another value, since no step depends on it.
@@ -35,7 +45,9 @@ class Option:
     high: float | None = None
     choices: tuple[Any, ...] = ()
     multiple: int = 0
+    whole: bool = False
     length: int | None = None
+    least: int = 0
     neutral: Any = _SAME
     free: bool = False
     open: bool = False
@@ -60,7 +72,7 @@ class Option:
         if self.multiple:
             text += f", multiples of {self.multiple}"
         if isinstance(self.default, tuple):
-            count = "any number of values" if self.length is None else f"{self.length} values"
+            count = f"{self.length} values" if self.length else f"{self.least} or more values"
             text = f"{count}, each {text}" if text != "tuple" else count
         return text
 
@@ -69,7 +81,7 @@ class Option:
         if isinstance(self.default, tuple):
             if not isinstance(value, tuple | list):
                 return False
-            if self.length is not None and len(value) != self.length:
+            if len(value) < self.least or self.length not in (None, len(value)):
                 return False
             return all(self._one_fits(v) for v in value)
         return self._one_fits(value)
@@ -81,7 +93,7 @@ class Option:
             return True
         # Whole numbers where the default is one, or holds some.
         like = self.default[0] if isinstance(self.default, tuple) and self.default else self.default
-        kinds = (int,) if isinstance(like, int) else (int, float)
+        kinds = (int,) if self.whole or isinstance(like, int) else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             return False
         # Not the other way round, which would let NaN pass.
@@ -100,6 +112,26 @@ def option(default: Any, help: str = "", **rules: Any) -> Any:
 def options(cls: Any) -> dict[str, Option]:
     """The options of a dataclass, by field, in order."""
     return {f.name: f.metadata[_KEY] for f in dataclasses.fields(cls) if _KEY in f.metadata}
+
+
+def check(made: Any, section: str = "", *, leave_out: tuple[str, ...] = ()) -> None:
+    """Checks the options of an object that was made without a config.
+
+    Raises:
+      OptionError: for the first value that is not allowed, with `section` before its name.
+    """
+    for name, one in options(type(made)).items():
+        value = getattr(made, name)
+        if name not in leave_out and not one.fits(value):
+            raise OptionError(f"{section}{name} is {value!r}; allowed: {one.allowed()}")
+
+
+def listed(lines: type) -> dict[str, Any]:
+    """What the body of a class imports, by the names that it gets there, in order.
+
+    So an entry of a registry is one line, which says the name in configs and where the thing is.
+    """
+    return {name: value for name, value in vars(lines).items() if not name.startswith("__")}
 
 
 def defaults(found: Mapping[str, Option]) -> dict[str, Any]:

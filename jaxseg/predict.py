@@ -1,11 +1,11 @@
-"""Masks and overlays for images of any size, from a trained run."""
+"""Masks and overlays for images of any size, or what else a task predicts, from a trained run."""
 
 import contextlib
 import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,125 +13,34 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxseg.config import ConfigError
-from jaxseg.data import DataError, list_images, read_image, write_image, write_mask
-from jaxseg.data.large import LargeImage, NpyWriter, Overview, PngWriter, is_large
-from jaxseg.evaluate import masks as dense
-from jaxseg.report.palette import overlay_classes, palette
-from jaxseg.report.report import overlay
+from jaxseg import workdir as folder
+from jaxseg.data.image_files import DataError, read_image, write_image, write_mask
 from jaxseg.evaluate.tiles import default_overlap, predict_tiles
-from jaxseg.run import Run, make_inference, restore
-from jaxseg.tasks.query import AttentionTask
-from jaxseg.tasks.multiclass import background
-from jaxseg.tasks.binary import SegmentationTask
+from jaxseg.predictor import Predictor, working_shape
+from jaxseg.report.palette import overlay, overlay_classes, palette
+from jaxseg.run import Run, restore
+from jaxseg.schema import ConfigError
+from jaxseg.tasks import TASKS
 from jaxseg.train.writers import Progress
 
 log = logging.getLogger(__name__)
 
-# The working image is as large as those the run was trained on, in the input's own shape, up to
-# this ratio of the sides; its sides are rounded to this many strides, so that few shapes compile.
-_MOST_ELONGATED = 4.0
-_ROUND_STRIDES = 2
 # Images with more pixels than this are predicted tile by tile.
 _LARGE = 64_000_000
-# Scores of a smaller image are brought to its size by bands of so many numbers.
-_BAND = 32_000_000
 
 
-def working_shape(
-    height: int, width: int, *, trained: tuple[int, int], stride: int
-) -> tuple[int, int]:
-    """(height, width) at which an image is segmented.
+def check_masks(workdir: Path, overrides: Mapping[str, Any]) -> None:
+    """Refuses a run whose task predicts no masks, before it is restored.
 
-    An image of the trained shape gets the trained size; others get about its area, in their own
-    proportions, rounded to multiples of `2 * stride`.
+    Raises:
+      ConfigError: it names the task.
     """
-    if abs(np.log(height / width * trained[1] / trained[0])) < 0.05:
-        return trained
-    ratio = float(np.clip(height / width, 1 / _MOST_ELONGATED, _MOST_ELONGATED))
-    area = trained[0] * trained[1]
-    # Small images would be bent by more than a few percent.
-    unit = stride * (_ROUND_STRIDES if min(trained) >= 16 * stride else 1)
-    sides = (np.sqrt(area * ratio), np.sqrt(area / ratio))
-    return tuple(max(1, round(side / unit)) * unit for side in sides)
-
-
-class Predictor:
-    """Segments images with a restored run.
-
-    Args:
-      run: from `jaxseg.run.restore`.
-
-    Attributes:
-      size: (H, W) of the images that the run was trained on.
-      stride: of which the sides of images that the network sees are multiples.
-      outputs: scores of a pixel, K.
-      empty: the mask value of the background, or None.
-    """
-
-    def __init__(self, run: Run):
-        self._task, self.size, self.stride = run.task, run.task.size, run.task.model.stride
-        # Images come one by one and in any shape, so one device does the work.
-        self._device = jax.local_devices()[0]
-        self.outputs = 1 if run.config.task == "segmentation" else len(run.task.names)
-        self.empty = background(tuple(run.task.names))
-        self._params = jax.device_put(run.host(run.params), self._device)
-        self._apply = jax.jit(self._scores)
-        self._inference = make_inference(run.config, self.stride) or dense.Inference()
-
-    def _scores(self, params, image_BxHxWx3):
-        return self._task.scores(self._task.logits(params, {"image": image_BxHxWx3})[0])
-
-    def windows(self, image_BxHxWx3: np.ndarray) -> np.ndarray:
-        """Scores `B x H x W x K` in [0, 1] of uint8 images as they are; see `DenseTask.scores`."""
-        return np.asarray(self._apply(self._params, jax.device_put(image_BxHxWx3, self._device)))
-
-    def bands(self, image: np.ndarray) -> Iterator[np.ndarray]:
-        """Scores of one uint8 image `H x W x 3` of any size, seen at about the trained size.
-
-        In bands `rows x W x K` from the top, since all scores may take more memory than the image. They
-        are predicted as `config.eval` says: at several scales, mirrored, by windows.
-        """
-        height, width = image.shape[:2]
-        shape = working_shape(height, width, trained=self.size, stride=self.stride)
-        small = np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR))
-        scores = self._inference(self._unit_windows, small[None], stride=self.stride)[0]
-        planes = [Image.fromarray(plane) for plane in np.moveaxis(scores.astype(np.float32), -1, 0)]
-        rows = max(1, _BAND // (width * len(planes)))
-        for top in range(0, height, rows):
-            size = (width, min(rows, height - top))
-            # What is around the box is seen too: bands are those of the whole.
-            box = (0, top * shape[0] / height, shape[1], (top + size[1]) * shape[0] / height)
-            yield np.stack([p.resize(size, Image.Resampling.BILINEAR, box) for p in planes], -1)
-
-    def _unit_windows(self, image_BxHxWx3: np.ndarray) -> np.ndarray:
-        return self.windows(image_BxHxWx3 * np.float32(255.0))
-
-    def predict(self, image: np.ndarray) -> np.ndarray:
-        """The mask uint8 `H x W` of one uint8 image of any size."""
-        return np.concatenate([self.mask(scores) for scores in self.bands(image)])
-
-    def mask(self, scores: np.ndarray) -> np.ndarray:
-        """The mask uint8 `H x W` that scores stand for."""
-        if isinstance(self._task, SegmentationTask):
-            return (scores[..., 0] >= self._task.threshold).astype(np.uint8)
-        return scores.argmax(-1).astype(np.uint8)
-
-    def masks(self, scores: np.ndarray, values: Sequence[int | None]) -> np.ndarray:
-        """uint8 `H x W x len(values)`: where the mask has a value, or for None the mask itself.
-
-        A run that was asked for classes answers for each by itself: where its score reaches 1/2.
-        """
-        mask = self.mask(scores)
-
-        def one(value):
-            if value is None:
-                return mask
-            if isinstance(self._task, AttentionTask) and value != background(self._task.names):
-                return (scores[..., value] >= 0.5).astype(np.uint8)
-            return (mask == value).astype(np.uint8)
-
-        return np.stack([one(value) for value in values], -1)
+    config, _ = folder.load(workdir, overrides)
+    if not TASKS[config.task].heads:
+        raise ConfigError(
+            f"--workdir={workdir} holds a run of {config.task}, which predicts no masks: train "
+            f"configs/pac_objseg.py with --config.backbone.weights={workdir} first"
+        )
 
 
 def output_names(paths: list[Path]) -> list[str]:
@@ -168,7 +77,7 @@ def predict(
     classes: Sequence[str] = (),
     probabilities: bool = False,
 ) -> list[Path]:
-    """Writes a mask and an overlay for every image of `inputs`.
+    """Writes a mask and an overlay, or the pictures that the task draws, for every image of `inputs`.
 
     A run of one object class gives `<name>_mask.png` (0/255); one of several `<name>_classes.png`, the
     classes' numbers with a palette, or, for `classes`, `<name>_<class>_mask.png` of each. Masks have
@@ -185,22 +94,24 @@ def predict(
       probabilities: whether to write `<name>_probabilities.npy` too, float16 `H x W x K`.
 
     Returns:
-      The masks written.
+      The masks, or pictures, written.
 
     Raises:
-      ConfigError: the run has no such class.
+      ConfigError: the run has no such class, or predicts nothing.
       DataError: there are no images, or at the end if some could not be read.
     """
     # What an earlier call wrote is no input, should the outputs lie below the inputs.
+    from jaxseg.data.formats.binary_masks import list_images
+
     paths = [p for p in list_images(inputs) if outputs.resolve() not in p.resolve().parents]
     if not paths:
         raise DataError(
             f"--inputs={inputs} holds no images besides those in --outputs={outputs}: "
             "the two must be different folders"
         )
+    draws = _draws(workdir, overrides, masked=bool(classes or probabilities))
     run = restore(workdir, overrides)
-    masks = _masks(run, classes)
-    predictor = Predictor(run)
+    write = _picture_writer(run) if draws else _mask_writer(run, classes, probabilities)
     try:
         outputs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -209,7 +120,7 @@ def predict(
     progress = Progress("predict", len(paths))
     for number, (path, name) in enumerate(zip(paths, output_names(paths), strict=True), 1):
         try:
-            written += _predict_one(predictor, path, outputs / name, masks, probabilities)
+            written += write(path, outputs / name)
         except DataError as error:
             log.warning("%s", error)
             failed.append(path)
@@ -221,24 +132,59 @@ def predict(
     return written
 
 
-def _masks(run: Run, classes: Sequence[str]) -> dict[str, int | None]:
+def _draws(workdir: Path, overrides: Mapping[str, Any], *, masked: bool) -> bool:
+    """Whether the run's task draws pictures; `masked` if what was asked for is of masks alone."""
+    kind = TASKS[folder.load(workdir, overrides)[0].task]
+    if not kind.draws or masked:
+        check_masks(workdir, overrides)
+    return kind.draws
+
+
+Write = Callable[[Path, Path], list[Path]]
+
+
+def _picture_writer(run: Run) -> Write:
+    """What reads an image and writes `<stem>_<ending>` for each of its pictures, in the image's size."""
+    device = jax.local_devices()[0]
+    params = jax.device_put(run.host(run.variables), device)
+    draw = jax.jit(run.task.pictures)
+
+    def write(path: Path, stem: Path) -> list[Path]:
+        image = read_image(path)
+        size, trained = image.shape[:2], run.task.facts.size
+        shape = working_shape(*size, trained=trained, stride=run.task.multiple)
+        small = np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR))
+        found = jax.device_get(draw(params, jax.device_put(small[None], device)))
+        for ending, picture in found.items():
+            shown = Image.fromarray((picture[0].clip(0, 1) * 255).round().astype(np.uint8))
+            whole = shown.resize(size[::-1], Image.Resampling.BILINEAR)
+            write_image(_beside(stem, ending), np.asarray(whole))
+        return [_beside(stem, ending) for ending in found]
+
+    return write
+
+
+def _mask_writer(run: Run, classes: Sequence[str], probabilities: bool) -> Write:
+    """What reads an image and writes its masks, and overlays."""
+    masks = _masks(run.task.masks, classes)
+    predictor = Predictor(run)
+    return lambda path, stem: _predict_one(predictor, path, stem, masks, probabilities)
+
+
+def _masks(task: Any, classes: Sequence[str]) -> dict[str, int | None]:
     """Endings of the masks to write: each with the value that is foreground, or None for all ids."""
-    names = run.task.names
-    several = run.config.task != "segmentation"
-    for name in classes:
-        if not several or name not in names:
-            known = f"the classes {', '.join(names)}" if several else "one class without a name"
-            raise ConfigError(f"--classes has {name!r}; the run in --workdir knows {known}")
-    if classes:
-        stems = {name: re.sub(r"[^\w-]+", "_", name) for name in classes}
-        counts = Counter(stems.values())
-        if alike := [name for name, stem in stems.items() if counts[stem] > 1]:
-            raise ConfigError(
-                f"--classes has {' and '.join(map(repr, alike))}, whose files would have one name; ask for "
-                "them one at a time, with another --outputs"
-            )
-        return {f"{stem}_mask.png": names.index(name) for name, stem in stems.items()}
-    return {"classes.png": None} if several else {"mask.png": 1}
+    values = task.values_of(classes)
+    if not values:
+        ending, value = task.mask_file
+        return {ending: value}
+    stems = {name: re.sub(r"[^\w-]+", "_", name) for name in values}
+    counts = Counter(stems.values())
+    if alike := [name for name, stem in stems.items() if counts[stem] > 1]:
+        raise ConfigError(
+            f"--classes has {' and '.join(map(repr, alike))}, whose files would have one name; ask for "
+            "them one at a time, with another --outputs"
+        )
+    return {f"{stems[name]}_mask.png": value for name, value in values.items()}
 
 
 def _predict_one(
@@ -249,13 +195,15 @@ def _predict_one(
     probabilities: bool,
 ) -> list[Path]:
     """Reads one image and writes `<stem>_<ending>` for each of the masks, and overlays."""
+    from jaxseg.data.large import NpyWriter, is_large
+
     if is_large(path, _LARGE):
         return _predict_large(predictor, path, stem, masks, probabilities)
     image = read_image(path)
     found = []
     with contextlib.ExitStack() as files:
         if probabilities:
-            shape = (*image.shape[:2], predictor.outputs)
+            shape = (*image.shape[:2], predictor.task.outputs)
             target = _beside(stem, "probabilities.npy")
             file = files.enter_context(NpyWriter(target, shape, np.float16))
         for scores in predictor.bands(image):
@@ -268,7 +216,7 @@ def _predict_one(
             write_image(_beside(stem, ending), found[..., number], palette=palette())
         else:
             write_mask(_beside(stem, ending), found[..., number])
-    return _write_overlays(stem, image, found, masks, predictor.empty)
+    return _write_overlays(stem, image, found, masks, predictor.task.background)
 
 
 def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
@@ -277,6 +225,8 @@ def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
     Windows show the image's own pixels, at one scale and not mirrored, whatever `config.eval` says; the
     overlay is at most 2048 pixels long.
     """
+    from jaxseg.data.large import LargeImage, NpyWriter, Overview, PngWriter
+
     image = LargeImage(path)
     picture, small = Overview(image.size), [Overview(image.size) for _ in masks]
     overlap, margin = default_overlap(predictor.size, predictor.stride)
@@ -303,7 +253,7 @@ def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
 
         pngs = [(png(ending, value), value) for ending, value in masks.items()]
         if probabilities:
-            shape = (*image.size, predictor.outputs)
+            shape = (*image.size, predictor.task.outputs)
             target = _beside(stem, "probabilities.npy")
             scores = files.enter_context(NpyWriter(target, shape, np.float16))
         for strip in strips:
@@ -314,7 +264,7 @@ def _predict_large(predictor, path, stem, masks, probabilities) -> list[Path]:
             if probabilities:
                 scores.write(strip[..., len(masks) :])
     found = np.stack([overview.image() for overview in small], -1)
-    return _write_overlays(stem, picture.image(), found, masks, predictor.empty)
+    return _write_overlays(stem, picture.image(), found, masks, predictor.task.background)
 
 
 def _write_overlays(

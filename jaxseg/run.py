@@ -1,288 +1,435 @@
-"""Training, evaluation and restoration of a run: the objects of `experiment` put to work."""
+"""A run: a task trained on data in a folder, stopped and resumed, scored, and put to use.
 
-import contextlib
+`train`, `restore` and `evaluate` are the program's, from a config; `fit` and `load` the library's, from
+objects. Both go the same way.
+"""
+
 import dataclasses
+import functools
+import inspect
 import json
 import logging
-from collections.abc import Mapping
+import numbers as numbers_of
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
+import optax
 from jax.sharding import Mesh
 
+from jaxseg import assembly, objects
 from jaxseg import workdir as folder
-from jaxseg.config import ConfigError, validate
-from jaxseg.data import DataError
-from jaxseg.data.source import working_size
-from jaxseg.evaluate import masks as dense
-from jaxseg.report import report
-from jaxseg.experiment import (
-    Backbone,
-    Reader,
-    check_batch,
-    fit_prior,
-    fit_task,
-    frozen_paths,
-    has_prior,
-    make_class_weights,
-    make_model,
-    make_params,
-    make_source,
-    make_task,
-    mask_names,
-    params_digest,
-    total_steps,
-)
-from jaxseg import backbones
-from jaxseg.tasks.query import queries
-from jaxseg.tasks.masks import DenseTask
-from jaxseg.train import loop, optim, partition
-from jaxseg.train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    restore_frozen,
-    save_frozen,
-)
-from jaxseg.train.state import TrainState, merge_params, split_params
+from jaxseg.backbones.backbone import Backbone
+from jaxseg.data.image_files import DataError
+from jaxseg.data.reader import Reading
+from jaxseg.data.source import Some, Splits, as_splits, check_function
+from jaxseg.evaluate.scoring import Scoring, summary
+from jaxseg.ops.mask_augment import Augmentation
+from jaxseg.options import OptionError
+from jaxseg.options import check as check_options
+from jaxseg.predictor import Predictor
+from jaxseg.quiet import Quiet
+from jaxseg.schema import ConfigError, validate
+from jaxseg.tasks import Facts, Task
+from jaxseg.train import loop, partition
+from jaxseg.train.checkpoint import Checkpointer, CheckpointError, restore_frozen, save_frozen
+from jaxseg.train.digest import params_digest
+from jaxseg.train.loop import Intervals
+from jaxseg.train.optim import Recipe
+from jaxseg.train.state import ScoredState, merge_params
 from jaxseg.train.writers import read_metrics, write_json
 
 log = logging.getLogger(__name__)
+
+_PREDICTOR = threading.Lock()
+# Kinds of arguments that are given by their place.
+_PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that a training is made of.
+
+    Attributes:
+      task: bound to its data.
+      data: its splits.
+      steps: length of the run.
+      batch: images in a global batch, which is taken in `accumulate` parts.
+      seed: of the order, of initial values and of all that is drawn.
+      optimizer: an optax optimiser, a recipe, or a function of (steps, layers) that makes the first;
+        layers are the task's `layer_names`.
+      average: decay of the parameters' moving average, 0 for none.
+      augmentation: of training images, on the device; None for none.
+      intervals: when things happen.
+      reading: how examples are read.
+      scoring: what is scored in the end.
+      sharding: layout of the parameters, see `partition`.
+      precision: of `share_of_peak`, see `loop.Trainer`.
+    """
+
+    task: Task
+    data: Splits
+    steps: int
+    batch: int = 16
+    accumulate: int = 1
+    seed: int = 0
+    optimizer: Recipe | optax.GradientTransformation | Callable[..., Any] = Recipe()
+    average: float = 0.0
+    augmentation: Augmentation | None = None
+    intervals: Intervals = Intervals()
+    reading: Reading = Reading()
+    scoring: Scoring = Scoring()
+    sharding: str = "replicated"
+    precision: str = "float32"
+
+    def make_optimizer(self) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+        """(the optimiser, its learning rate by step where that is known)."""
+        if not isinstance(self.optimizer, Recipe):
+            return _made_optimizer(self.optimizer, self.steps, self.task.layer_names), None
+        hold, hold_steps = self.task.held
+        optimizer = self.optimizer.optimizer(
+            self.steps,
+            batch=self.batch,
+            hold=hold,
+            hold_steps=hold_steps,
+            layers=self.task.layer_names,
+        )
+        return optimizer, self.optimizer.learning_rate(self.steps, batch=self.batch)
+
+
+def _made_optimizer(given: Any, steps: int, layers: Any) -> optax.GradientTransformation:
+    made = given
+    if callable(given):
+        positional = [p for p in inspect.signature(given).parameters.values() if p.kind in _PLACED]
+        made = given(*(steps, layers)[: len(positional)])
+    if not all(callable(getattr(made, name, None)) for name in ("init", "update")):
+        raise OptionError(
+            f"optimizer is a {type(made).__name__}; allowed: an optax optimizer, a jaxseg.Recipe, or a "
+            "function of (steps, layers) that gives an optax optimizer"
+        )
+    return made
+
+
+def _check_whole(low: int, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        whole = isinstance(value, numbers_of.Integral) and not isinstance(value, bool)
+        if not whole or value < low:
+            raise OptionError(f"{name} is {value!r}; allowed: whole numbers from {low}")
+
+
+def check_batch(batch: int, accumulate: int, *, batch_norm: bool) -> None:
+    """Checks that all devices, and the parts of a batch, divide it where that matters.
+
+    Args:
+      batch: images in a global batch.
+      accumulate: parts in which it is taken.
+      batch_norm: whether statistics of the batch are learned from, which padding would change.
+
+    Raises:
+      OptionError: they do not.
+    """
+    devices = jax.device_count()
+    padded = -(-batch // devices) * devices
+    if padded != batch and batch_norm:
+        raise OptionError(
+            f"batch is {batch}; allowed with batch norm on {devices} devices: multiples of "
+            f"{devices} (padding would count in its statistics)"
+        )
+    if padded % accumulate:
+        raise OptionError(
+            f"accumulate is {accumulate}; allowed on {devices} devices: divisors of {padded}"
+        )
+
+
+def execute(plan: Plan, workdir: Path, begin: Any) -> None:
+    """Trains, or resumes, the run in `workdir`; `begin(description)` writes down what it is of."""
+    task = plan.task
+    source = plan.data.split("train")
+    params, frozen = task.parameters(plan.seed)
+    digest = params_digest({k: v for k, v in frozen.items() if k == "backbone"})
+    with folder.lock(workdir):
+        begin(folder.Description(task.variant, task.facts, digest))
+        mesh = partition.make_mesh()
+        reader = task.reader(
+            source,
+            reading=plan.reading,
+            batch=plan.batch,
+            seed=plan.seed,
+            frozen=frozen,
+            digest=digest,
+            augmentation=plan.augmentation,
+        )
+        placed = _put_frozen(plan, workdir, reader, frozen, mesh)
+        optimizer, learning_rate = plan.make_optimizer()
+        on_device = None if reader.cached else plan.augmentation
+        loop.Trainer(
+            task=task.trained_on(on_device if on_device != Augmentation() else None),
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            steps=plan.steps,
+            intervals=plan.intervals,
+            mesh=mesh,
+            layout=plan.sharding,
+            batches=reader.train_batches,
+            batch_size=plan.batch,
+            seed=plan.seed,
+            workdir=workdir,
+            evaluate=_validation(plan, workdir, frozen, placed, digest, mesh),
+            best_metric=task.best_metric,
+            accumulate=plan.accumulate,
+            watch=task.watch(workdir),
+            precision=plan.precision if task.measures_peak else "",
+            average=plan.average,
+            evaluate_first=task.scores_untrained,
+        ).run(params, placed)
+
+
+def _put_frozen(plan: Plan, workdir: Path, reader, frozen, mesh: Mesh) -> Any:
+    """The frozen parameters on the mesh: those that the run was begun with, else made and saved now."""
+    try:
+        return restore_frozen(workdir, partition.abstract(mesh, frozen, plan.sharding))
+    except CheckpointError:
+        pass
+    frozen = plan.task.solve(reader, frozen)
+    placed = partition.put_tree(frozen, partition.tree_sharding(mesh, frozen, plan.sharding))
+    save_frozen(workdir, placed)
+    return placed
+
+
+def _validation(plan: Plan, workdir: Path, frozen, placed, digest: str, mesh: Mesh):
+    """A function from a state to its validation metrics, or None where there are none."""
+    if not plan.intervals.eval_every:
+        return None
+    try:
+        score = plan.task.evaluator(
+            plan.data,
+            plan.task.for_validation(plan.scoring),
+            reading=plan.reading,
+            seed=plan.seed,
+            frozen=frozen,
+            digest=digest,
+            mesh=mesh,
+        )
+    except DataError as error:
+        log.warning("no validation during training, and so no best checkpoint: %s", error)
+        return None
+
+    def evaluate_state(state) -> dict[str, float]:
+        found = score(state, placed, label="validate")
+        found.keep(workdir, int(state.step))
+        return found.scores
+
+    return evaluate_state
+
+
+# From a config.
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains (or resumes) the run in `workdir`, evaluates it, and writes the report.
 
     Returns:
-      What is written to `eval.json`.
+      What is written to `eval.json`; nothing, with a warning, where a pretraining has no split to be
+      scored on.
     """
     validate(config)
     folder.check(workdir, config)
-    _train(config, workdir)
+    plan = make_plan(config)
+    with assembly.section("train."):
+        check_batch(plan.batch, plan.accumulate, batch_norm=plan.task.learns_batch_norm())
+    with assembly.section(""):
+        _check_scored(config, plan)
+        execute(plan, workdir, functools.partial(folder.begin, workdir, config))
     # From the checkpoint, as `--mode=eval` does it, so that the two cannot differ.
-    return evaluate(workdir, {})
-
-
-def _train(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    source = make_source(config, "train")
-    backbone = Backbone.load(config)
-    names, weights = mask_names(source), make_class_weights(config, source)
-    model = make_model(config, backbone.variant, names)
-    task = make_task(
-        config,
-        model,
-        size=working_size(source, tuple(config.data.size), model.stride),
-        names=names,
-        categories=tuple(source.categories),
-        class_weights=weights,
-        statistics=backbone.statistics,
-    )
-    _check_scored(config, task)
-    norms = (jax.eval_shape(lambda: task.init_extra({})) or {}).get("batch_stats", {})
-    # Those of a backbone that is not trained as a whole rest.
-    check_batch(
-        config, batch_norm=bool(set(norms) - {"backbone"}) or model.trains_backbone and bool(norms)
-    )
-    params, frozen = make_params(task, backbone, config)
-    digest = params_digest({k: v for k, v in frozen.items() if k == "backbone"})
-    description = folder.Description(
-        backbone.variant,
-        task.size,
-        tuple(source.categories),
-        digest,
-        names=names,
-        class_weights=weights,
-    )
-    with folder.lock(workdir):
-        folder.begin(workdir, config, description)
-        _train_in(workdir, config, task, source, params, frozen, digest)
-
-
-def _check_scored(config: ml_collections.ConfigDict, task: DenseTask) -> None:
-    """Looks before the first step at what is scored in the end, not hours after it.
-
-    Raises:
-      DataError: there are no images, or images and masks differ in size.
-      ConfigError: their classes are others than those of training, or `config.eval` does not fit.
-    """
-    make_inference(config, task.model.stride)
-    e = config.eval
     try:
-        source = make_source(config, e.split, categories=tuple(e.get("categories", ())) or None)
-        if hasattr(source, "sizes"):
-            source.sizes()
-        fit_task(task, config, source)
+        return evaluate(workdir, {})
     except DataError as error:
-        raise DataError(
-            f"config.eval.split={e.split!r}, to be scored in the end: {error}"
-        ) from error
+        if plan.task.must_be_scored:
+            raise
+        log.warning(
+            "the run is saved, but not scored: %s. --mode=eval --config.eval.split=train scores it on the "
+            "images it was trained on",
+            error,
+        )
+        return {}
 
 
-def _train_in(workdir, config, task, source, params, frozen, digest) -> None:
-    mesh = partition.make_mesh()
-    reader = Reader(config, task, source, frozen=frozen, digest=digest, train=True)
-    frozen_on_mesh = _put_frozen(workdir, config, task, reader, frozen, mesh)
-    schedule = loop.Schedule(
-        steps=total_steps(config, len(source)),
-        log_every=config.train.log_every,
-        eval_every=config.train.eval_every,
-        checkpoint_every=config.train.checkpoint_every,
-        average=config.optim.average,
+def make_plan(config: ml_collections.ConfigDict) -> Plan:
+    """The training of a config."""
+    data, settings = assembly.make_data(config), assembly.make_settings(config)
+    source = data.split("train")
+    task = assembly.make_task(config, assembly.names_in(source, config.task))
+    steps = assembly.total_steps(config.train, len(source))
+    with assembly.section(""):
+        size = settings.reading.size
+        task = task.bind(source, steps=steps, batch=settings.batch, size=size)
+    return Plan(
+        task,
+        data,
+        steps,
+        optimizer=settings.recipe,
+        average=settings.recipe.average,
+        **{
+            field.name: getattr(settings, field.name)
+            for field in dataclasses.fields(settings)
+            if field.name != "recipe"
+        },
     )
-    learning_rate = optim.make_schedule(config.optim, schedule.steps, batch=config.train.batch)
-    loop.Trainer(
-        task=dataclasses.replace(task, augmentation=reader.augmentation),
-        optimizer=make_optimizer(config, task, learning_rate, schedule.steps),
-        learning_rate=learning_rate,
-        schedule=schedule,
-        mesh=mesh,
-        layout=config.sharding.params,
-        batches=reader.train_batches,
-        batch_size=config.train.batch,
-        seed=config.seed,
-        workdir=workdir,
-        evaluate=_validation(config, task, frozen, frozen_on_mesh, digest, mesh),
-        best_metric=_best_metric(config),
-        accumulate=config.train.accumulate,
-    ).run(params, frozen_on_mesh)
 
 
-def _best_metric(config: ml_collections.ConfigDict) -> str:
-    return "iou" if config.task == "segmentation" else "miou"
-
-
-def make_optimizer(config: ml_collections.ConfigDict, task: DenseTask, learning_rate, steps: int):
-    """The optimiser of a run of `steps`; see `optim.make_optimizer`."""
-    layers = backbones.layers(task.model.backbone.variant)
-    return optim.make_optimizer(config.optim, learning_rate, steps=steps, layers=layers)
-
-
-class Scorer:
-    """Scores parameters on one split.
-
-    Args:
-      config: says the data.
-      task: of the run; the images of this split may have another size.
-      split: its name.
-      categories: those to read; None for `config.data.categories`.
-      frozen: host arrays of the frozen parameters; `digest` identifies them.
-      mesh: all devices.
-
-    Raises:
-      DataError: there is no such split, or something is wrong with it.
-    """
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        task: DenseTask,
-        split: str,
-        *,
-        categories: tuple[str, ...] | None,
-        frozen: Mapping[str, Any],
-        digest: str,
-        mesh: Mesh,
-    ):
-        source = make_source(config, split, categories=categories)
-        self.task = fit_task(task, config, source)
-        self._mesh = mesh
-        self._inference = make_inference(config, self.task.model.stride)
-        options = dict(train=False, cache=self._inference is None)
-        self._reader = Reader(config, self.task, source, frozen=frozen, digest=digest, **options)
-
-    def __call__(
-        self, params: Mapping[str, Any], *, label: str
-    ) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-        """(metrics, [(example, IoU)]) of the whole split; see `dense.evaluate`."""
-        return dense.evaluate(
-            *(self.task, params, self._reader.eval_batches()),
-            mesh=self._mesh,
-            total=len(self._reader),
-            label=label,
-            inference=self._inference,
-        )
-
-    def examples(self, params: Mapping[str, Any], indices: list[int]):
-        """What is predicted for some examples; see `dense.predictions`."""
-        batches = self._reader.subset(indices)
-        options = dict(mesh=self._mesh, inference=self._inference)
-        return list(dense.predictions(self.task, params, batches, **options))
-
-
-def make_inference(config: ml_collections.ConfigDict, stride: int) -> dense.Inference | None:
-    """How the config wants images predicted in evaluation; None for once and whole."""
-    if any(side % stride for side in config.eval.window):
-        raise ConfigError(
-            f"config.eval.window is {tuple(config.eval.window)}; allowed: multiples of the stride "
-            f"{stride}"
-        )
-    e = config.eval
-    how = dense.Inference(tuple(e.scales), e.flip, tuple(e.window), e.overlap)
-    if how == dataclasses.replace(dense.Inference(), overlap=e.overlap):
-        return None
-    if jax.process_count() > 1:
-        raise ConfigError("config.eval.scales, flip and window are for one process")
-    return how
-
-
-def _put_frozen(workdir, config, task, reader: Reader, frozen, mesh: Mesh) -> Any:
-    """The frozen parameters on the mesh: those that the run was begun with, else made and saved now."""
-    layout = config.sharding.params
-    with contextlib.suppress(CheckpointError):
-        return restore_frozen(workdir, partition.abstract(mesh, frozen, layout))
-    if has_prior(config):
-        frozen = {**frozen, "head": {"prior": fit_prior(config, task, reader, frozen)}}
-    placed = partition.put_tree(frozen, partition.tree_sharding(mesh, frozen, layout))
-    save_frozen(workdir, placed)
-    return placed
-
-
-def _validation(config, task, frozen, frozen_on_mesh, digest, mesh):
-    """A function from a state to its validation metrics, or None where there are none."""
-    if not config.train.eval_every:
-        return None
-    options = dict(categories=None, frozen=frozen, digest=digest, mesh=mesh)
+def _check_scored(config: ml_collections.ConfigDict, plan: Plan) -> None:
+    split = plan.scoring.split
     try:
-        score = Scorer(config, task, "val", **options)
+        data = assembly.make_data(config, categories=plan.scoring.categories)
+        plan.task.check_scored(data, plan.scoring, reading=plan.reading)
     except DataError as error:
-        log.warning("no validation during training, and so no best checkpoint: %s", error)
-        return None
-
-    def evaluate_state(state: TrainState) -> dict[str, float]:
-        params = task.predicting(merge_params(state.best_params, frozen_on_mesh), state.extra)
-        metrics, _ = score(params, label="validate")
-        return {k: v for k, v in metrics.items() if isinstance(v, float)}
-
-    return evaluate_state
+        raise DataError(f"config.eval.split={split!r}, to be scored in the end: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained run, restored.
+    """A trained run, restored; made by `restore`, `fit` and `load`.
 
     Attributes:
-      config: as stored, with the overrides of this call.
-      task: for images of the size it was trained on.
-      params: the whole parameter tree (and running statistics), on the mesh.
-      frozen: the part of it that was not trained.
-      digest: identifies the frozen part.
+      workdir: its folder.
+      task: as it was trained, for images of the size it was trained on.
+      state: what evaluation reads of the checkpoint, on the mesh.
+      frozen: the parameters that were not trained, on the mesh.
+      digest: identifies them.
       step: of the checkpoint.
       mesh: all devices.
+      data: its splits, or None where only objects know them.
+      reading, scoring: how examples are read, and what is scored.
+      seed: of the run.
+      title: of its report.
+      config: as stored, with the overrides of this call; of a run that was begun from objects what is
+        written down of them, a dict with `task` and `run`.
     """
 
-    config: ml_collections.ConfigDict
-    task: DenseTask
-    params: Mapping[str, Any]
+    workdir: Path
+    task: Task
+    state: ScoredState
     frozen: Mapping[str, Any]
     digest: str
     step: int
     mesh: Mesh
+    data: Splits | None
+    reading: Reading
+    scoring: Scoring
+    seed: int
+    title: str = ""
+    config: ml_collections.ConfigDict | Mapping[str, Any] | None = None
+
+    @functools.cached_property
+    def variables(self) -> Mapping[str, Any]:
+        """What predictions take: all parameters, and running statistics where there are any."""
+        params = merge_params(self.state.best_params, self.frozen)
+        return self.task.predicting(params, self.state.extra)
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The whole parameter tree."""
+        return {k: v for k, v in self.variables.items() if k != "batch_stats"}
 
     def host(self, tree: Any) -> Any:
         """Host copies of a tree that is on the mesh, whole on every process."""
-        gather = jax.jit(lambda x: x, out_shardings=partition.replicated(self.mesh))
-        return jax.device_get(gather(tree))
+        return partition.gather(self.mesh, tree)
+
+    def scores(self, params: Mapping[str, Any], image_BxHxWx3: jax.Array) -> jax.Array:
+        """Scores float32 `B x H x W x K` in [0, 1] of uint8 images; pure.
+
+        `params` are `variables`; sizes of images must be multiples of `task.multiple`.
+        """
+        masks = self.task.masks
+        return masks.scores(masks.logits(params, {"image": image_BxHxWx3})[0])
+
+    def backbone(self) -> Backbone:
+        """The backbone as it was learnt (a teacher's where there is one), for `jaxseg.Segmenter` and others.
+
+        Raises:
+          OptionError: a whole network has none.
+        """
+        params = merge_params(self.state.best_params, self.frozen)
+        return self.task.learnt_backbone(*self.host((params, self.state.extra)))
+
+    @property
+    def _predictor(self) -> Any:
+        # One for all threads, however many ask first.
+        with _PREDICTOR:
+            if "_made_predictor" not in self.__dict__:
+                self.__dict__["_made_predictor"] = Predictor(self)
+        return self.__dict__["_made_predictor"]
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """The mask, uint8 `H x W` of class numbers (0 and 1 for one class), of an image.
+
+        Args:
+          image: uint8 `H x W x 3` of any size; it is seen at about the size that was trained at. Safe to
+            call from several threads.
+        """
+        return self._predictor.predict(image)
+
+    def probabilities(self, image: np.ndarray) -> np.ndarray:
+        """Probabilities, float32 `H x W x classes`, of an image as in `predict`.
+
+        Of one object class they are those of background and foreground.
+        """
+        return self._predictor.probabilities(image)
+
+    @Quiet()
+    def evaluate(self, split: str = "", *, write: bool = False) -> dict[str, Any]:
+        """Scores a split; with `write` into `eval.json` and the report of the workdir, as the program does.
+
+        Args:
+          split: its name; empty for that of `scoring`.
+          write: whether files are written.
+
+        Raises:
+          DataError: there is no such split, or something is wrong with it.
+        """
+        if self.data is None:
+            raise OptionError(
+                f"data is None: the run in {self.workdir} was begun from objects; load it with "
+                "jaxseg.load(workdir, task=..., data=...)"
+            )
+        scoring = dataclasses.replace(self.scoring, split=split or self.scoring.split)
+        score = self.task.evaluator(
+            self.data,
+            scoring,
+            reading=self.reading,
+            seed=self.seed,
+            frozen=self.host(self.frozen),
+            digest=self.digest,
+            mesh=self.mesh,
+        )
+        found = score(self.state, self.frozen, label="evaluate")
+        result = {"step": self.step, "split": scoring.split, **found.metrics}
+        if scoring.checkpoint != "latest":
+            result["checkpoint"] = scoring.checkpoint
+        if write:
+            self._write(result, found)
+        return result
+
+    def _write(self, result: Mapping[str, Any], found: Any) -> None:
+        if jax.process_index() == 0:
+            write_json(self.workdir / "eval.json", result)
+            print(summary(result), flush=True)
+        if self.scoring.report:
+            found.report(
+                self.workdir / "report",
+                title=self.title,
+                result=result,
+                metrics=read_metrics(self.workdir),
+                config=json.dumps(_plain(self.config), indent=2),
+            )
+
+
+def _plain(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
 
 
 def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
@@ -297,36 +444,41 @@ def restore(workdir: Path, overrides: Mapping[str, Any]) -> Run:
       CheckpointError: there is no checkpoint that can be read.
     """
     config, description = folder.load(workdir, overrides)
-    task = make_task(
-        config,
-        make_model(config, description.variant, description.names),
-        size=description.size,
-        names=description.names,
-        categories=description.categories,
-        class_weights=description.class_weights,
+    task = assembly.stored_task(config, description.facts, description.variant)
+    settings = assembly.make_settings(config)
+    data = assembly.make_data(config, categories=settings.scoring.categories)
+    return _restored(
+        workdir,
+        task,
+        description,
+        average=settings.recipe.average,
+        sharding=settings.sharding,
+        scoring=settings.scoring,
+        reading=settings.reading,
+        seed=settings.seed,
+        data=data,
+        title=assembly.title(config),
+        config=config,
     )
+
+
+def _restored(
+    workdir: Path, task: Task, description, *, average: float, sharding: str, scoring, **known
+) -> Run:
     mesh = partition.make_mesh()
-    state, frozen = _abstract(config, task, mesh)
-    checkpointer = Checkpointer(workdir, read_only=True, best_metric=_best_metric(config))
-    restored = checkpointer.restore(state, which=config.eval.checkpoint)
+    whole = jax.eval_shape(task.init, jax.random.key(0))
+    trained, frozen = task.split(whole)
+    like = jax.eval_shape(lambda p: loop.scored_state(task, p, average), trained)
+    like, frozen = (partition.abstract(mesh, tree, sharding) for tree in (like, frozen))
+    checkpointer = Checkpointer(workdir, read_only=True, best_metric=task.best_metric)
+    restored = checkpointer.restore(like, which=scoring.checkpoint, whole=False)
     checkpointer.close()
     if restored is None:
         raise ConfigError(f"--workdir={workdir} holds no checkpoint yet")
     state, step = restored
     frozen = restore_frozen(workdir, frozen)
-    params = task.predicting(merge_params(state.best_params, frozen), state.extra)
-    return Run(config, task, params, frozen, description.frozen_sha256, step, mesh)
-
-
-def _abstract(config, task: DenseTask, mesh: Mesh) -> tuple[TrainState, Any]:
-    """Shapes and shardings of (the state, the frozen parameters) of a config."""
-    params = jax.eval_shape(task.init, jax.random.key(0))
-    trained, frozen = split_params(params, frozen_paths(config, task.model.backbone.variant))
-    optimizer = make_optimizer(config, task, optim.make_schedule(config.optim, 1), 1)
-    average = config.optim.average
-    state = jax.eval_shape(lambda p: loop.make_state(task, p, optimizer, average), trained)
-    layout = config.sharding.params
-    return partition.abstract(mesh, state, layout), partition.abstract(mesh, frozen, layout)
+    digest = description.frozen_sha256
+    return Run(workdir, task, state, frozen, digest, step, mesh, scoring=scoring, **known)
 
 
 def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,56 +490,235 @@ def evaluate(workdir: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       What is written to `eval.json`.
     """
-    run = restore(workdir, overrides)
-    config = run.config
-    score = Scorer(
-        config,
-        run.task,
-        config.eval.split,
-        categories=tuple(config.eval.get("categories", ())) or None,
-        frozen=run.host(run.frozen),
-        digest=run.digest,
-        mesh=run.mesh,
+    with assembly.section(""):
+        return restore(workdir, overrides).evaluate(write=True)
+
+
+# From objects.
+
+
+@Quiet()
+def fit(
+    task: Task,
+    data: Any,
+    *,
+    steps: int,
+    workdir: str | Path,
+    validation: Any = None,
+    batch: int = 16,
+    seed: int = 0,
+    optimizer: Recipe | optax.GradientTransformation | Callable[..., Any] | None = None,
+    average: float | None = None,
+    accumulate: int = 1,
+    augmentation: Augmentation | None = None,
+    intervals: Intervals | None = None,
+    reading: Reading | None = None,
+    scoring: Scoring | None = None,
+    sharding: str = "replicated",
+) -> Run:
+    """Trains a task in a folder, or goes on with it, exactly as the program does.
+
+    A run that was stopped, however it was, goes on from its newest checkpoint when it is called again,
+    and ends bit for bit where it would have. The folder gets checkpoints, `metrics.jsonl`, `tensorboard/`,
+    and, where there is a split to score on, `eval.json` and the report.
+
+    Args:
+      task: one of `jaxseg.tasks`, of a network or backbone.
+      data: a source, a mapping of sources by split, or a data set with `split(name)`; see
+        `jaxseg.data.as_splits`.
+      steps: length of the run.
+      workdir: the run's folder.
+      validation: a source of the split "val".
+      batch: images in a batch, over all devices.
+      seed: of the order of examples, of initial values and of all that is drawn.
+      optimizer: an optax optimiser, a `jaxseg.Recipe`, or a function of (steps, layers) that gives an
+        optax optimiser; layers are paths of parameters by layer, from the input on. None for the
+        default recipe.
+      average: decay of a moving average of the parameters, which is then evaluated; None for that of the
+        recipe.
+      accumulate: parts in which a batch is taken, for less memory.
+      augmentation: of training images, on the device.
+      intervals: when to log, validate and save; None: validates four times where there is a split "val".
+      reading: how examples are read: their size, threads, what is kept of them.
+      scoring: how the run is scored: split, batch, windows; None for the split "test", else "val".
+      sharding: layout of the parameters over the devices, "replicated" or "fsdp".
+
+    Returns:
+      The run, restored from its last checkpoint.
+
+    Raises:
+      OptionError: something does not fit; it names the field.
+      DataError: something is wrong with the data; it names the example.
+    """
+    workdir = Path(workdir).expanduser()
+    _check_whole(1, steps=steps, batch=batch, accumulate=accumulate)
+    _check_whole(0, seed=seed)
+    _check_given("reading", reading, Reading)
+    _check_given("scoring", scoring, task.scoring)
+    _check_given("intervals", intervals, Intervals)
+    _check_given("augmentation", augmentation, Augmentation)
+    if isinstance(optimizer, Recipe):
+        _check_given("optimizer", optimizer, Recipe)
+    reading = reading or Reading()
+    splits = _splits(data, validation, reading)
+    source = splits.split("train")
+    if not len(source):
+        raise DataError("the data have no examples to train on")
+    check_function(source)
+    scoring = scoring or _default_scoring(task.scoring(), splits)
+    if intervals is None:
+        validated = _has(splits, task.for_validation(scoring).split)
+        intervals = Intervals(
+            log_every=max(1, min(20, steps // 10)),
+            eval_every=max(1, steps // 4) if validated else 0,
+            checkpoint_every=max(1, min(200, steps // 4)),
+        )
+    bound = task.bind(source, steps=steps, batch=batch, size=tuple(reading.size))
+    bound.check_data(source)
+    optimizer = Recipe() if optimizer is None else optimizer
+    if average is None:
+        average = optimizer.average if isinstance(optimizer, Recipe) else 0.0
+    if average and task.no_average:
+        raise OptionError(f"average is {average}; allowed: 0 ({task.no_average})")
+    plan = Plan(
+        bound,
+        splits,
+        steps,
+        batch,
+        accumulate,
+        seed,
+        optimizer,
+        average,
+        augmentation,
+        intervals,
+        reading,
+        scoring,
+        sharding,
     )
-    metrics, images = score(run.params, label="evaluate")
-    size = list(score.task.size)  # of images and masks, which need not be the files' own
-    result = {"step": run.step, "split": config.eval.split, "scored_size": size, **metrics}
-    if config.eval.checkpoint != "latest":
-        result["checkpoint"] = config.eval.checkpoint
-    if make_inference(config, run.task.model.stride) is not None:
-        e = config.eval
-        how = dict(scales=list(e.scales), flip=e.flip, window=list(e.window), overlap=e.overlap)
-        result["inference"] = how
-    if jax.process_index() == 0:
-        write_json(workdir / "eval.json", result)
-        print(_summary(result), flush=True)
-    if config.eval.report:
-        _report(run, workdir, score, result, images)
-    return result
+    check_batch(batch, accumulate, batch_norm=bound.learns_batch_norm())
+    plan.make_optimizer()
+    record = objects.Record.of(plan, task)
+    objects.check(workdir, record)
+    scored = _has(splits, scoring.split)
+    if scored:
+        bound.check_scored(splits, scoring, reading=reading)
+        bound.check_data(splits.split(scoring.split))
+    execute(plan, workdir, functools.partial(objects.begin, workdir, record))
+    run = load(workdir, task=task, data=data, validation=validation, checkpoint=scoring.checkpoint)
+    run = dataclasses.replace(run, scoring=scoring, reading=reading)
+    if scored:
+        run.evaluate(write=True)
+    elif scoring.report and jax.process_index() == 0:
+        from jaxseg.report.pictures import plot_curves
+
+        (workdir / "report").mkdir(exist_ok=True)
+        plot_curves(read_metrics(workdir), workdir / "report" / "curves.png")
+    return run
 
 
-def _summary(result: Mapping[str, Any]) -> str:
-    rows = [f"{result['split']} at step {result['step']}, {result['images']} images"]
-    rows += [f"  {k:22s} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
-    if "coarse" in result:
-        rows.append(f"  {'coarse iou':22s} {result['coarse']['iou']:.4f}")
-    return "\n".join(rows)
-
-
-def _report(run: Run, workdir: Path, score: Scorer, result, images) -> None:
-    """Pictures of the best, median and worst images, the curves and the table."""
-    picked = report.pick_examples(images)
-    examples = score.examples(run.params, [index for _, index, _ in picked])
-    if jax.process_index() != 0:
+def _check_given(name: str, value: Any, kind: type) -> None:
+    if value is None:
         return
-    labels = [f"{label}\nIoU {iou:.3f}" for label, _, iou in picked]
-    report.write(
-        workdir / "report",
-        title=f"{run.config.head.name} on {run.config.data.name}",
-        result=result,
-        metrics=read_metrics(workdir),
-        examples=list(zip(labels, examples, strict=True)),
-        names=run.task.names,
-        asked=queries(run.task.names) if run.config.task == "attention" else (),
-        config=json.dumps(run.config.to_dict(), indent=2),
+    if not isinstance(value, kind):
+        raise OptionError(f"{name} is a {type(value).__name__}; allowed: {kind.__name__}(...)")
+    # Splits may have any names where they are not from a config.
+    check_options(value, f"{name}.", leave_out=("split",))
+
+
+def _splits(data: Any, validation: Any, reading: Reading) -> Splits:
+    splits = as_splits(data, validation)
+    return _Limited(splits, reading.limit) if reading.limit else splits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limited:
+    """Splits of at most `limit` examples."""
+
+    splits: Splits
+    limit: int
+
+    def split(self, name: str) -> Any:
+        return Some(self.splits.split(name), self.limit)
+
+
+def _has(splits: Splits, name: str) -> bool:
+    try:
+        return len(splits.split(name)) > 0
+    except DataError:
+        return False
+
+
+def _default_scoring(usual: Scoring, splits: Splits) -> Scoring:
+    for split in ("test", "val"):
+        if _has(splits, split):
+            return dataclasses.replace(usual, split=split)
+    return usual
+
+
+@Quiet()
+def load(
+    workdir: str | Path,
+    task: Task | None = None,
+    data: Any = None,
+    *,
+    validation: Any = None,
+    checkpoint: str = "",
+) -> Run:
+    """Restores a run, for prediction or evaluation.
+
+    Args:
+      workdir: its folder.
+      task: of a run that was begun from objects by `fit`: the same again. A run of the program has its
+        own.
+      data, validation: as in `fit`, for `Run.evaluate`. A run of the program has its own, unless others
+        are given.
+      checkpoint: "latest" or "best"; empty for what the run says.
+
+    Raises:
+      ConfigError: there is no run, or it was begun from other objects.
+      CheckpointError: there is no checkpoint that can be read.
+    """
+    workdir = Path(workdir).expanduser()
+    if checkpoint not in ("", "latest", "best"):
+        raise OptionError(f"checkpoint is {checkpoint!r}; allowed: latest, best")
+    if not objects.stored(workdir):
+        overrides = {"eval.checkpoint": checkpoint} if checkpoint else {}
+        with assembly.section(""):
+            run = restore(workdir, overrides)
+        if task is not None:
+            raise ConfigError(f"task is given, but the run in {workdir} has its own, of its config")
+        if data is None and validation is None:
+            return run
+        splits = _splits(run.data if data is None else data, validation, run.reading)
+        return dataclasses.replace(run, data=splits)
+    record, description = objects.read(workdir)
+    if task is None:
+        raise ConfigError(
+            f"{workdir} holds a run of {record.task_name} that was begun from objects: load it with "
+            "jaxseg.load(workdir, task=..., data=...), the task that it was begun with"
+        )
+    record.check_task(workdir, task)
+    bound = task.with_facts(description.facts, steps=record.steps, batch=record.batch)
+    scoring, splits = record.scoring(task.scoring), None
+    if data is not None or validation is not None:
+        splits = _splits({} if data is None else data, validation, record.reading)
+        if not _has(splits, scoring.split):
+            scoring = _default_scoring(scoring, splits)
+    if checkpoint:
+        scoring = dataclasses.replace(scoring, checkpoint=checkpoint)
+    return _restored(
+        workdir,
+        bound,
+        description,
+        average=record.average,
+        sharding=record.sharding,
+        scoring=scoring,
+        reading=record.reading,
+        seed=record.seed,
+        data=splits,
+        title=record.task_name,
+        config=dataclasses.asdict(record),
     )
+
+
+__all__ = ["Facts", "Plan", "Run", "evaluate", "execute", "fit", "load", "restore", "train"]

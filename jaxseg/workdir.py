@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, and whether a call fits what is in it.
 
-config.json      the config
-model.json       what the config alone does not say: the backbone's shape, image size, categories, classes
+config.json      the config; objects.json in its place for a run begun from objects
+model.json       what these do not say: the backbone's shape, and what was found in the training data
 checkpoints/     the state at some steps            frozen/     parameters that never change
 metrics.jsonl    one object for each logged step    tensorboard/
 eval.json        the scores                         report/     pictures
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,12 +22,14 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
-from jaxseg.config import ConfigError, check_same_run, validate
-from jaxseg import backbones
+from jaxseg import assembly, backbones, renames, schema
+from jaxseg.schema import ConfigError
+from jaxseg.tasks import Facts
 from jaxseg.train.writers import write_json
 
-# Evaluation, analysis and prediction take all but these sections as they were trained.
-_OPEN_SECTIONS = ("data", "eval", "sharding")
+log = logging.getLogger(__name__)
+
+_LENGTH = ("train.steps", "train.epochs", "train.min_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,76 +37,128 @@ class Description:
     """What `model.json` holds.
 
     Attributes:
-      variant: the backbone's shape.
-      size: (H, W) of the training images.
-      categories: of the training data.
+      variant: the backbone's shape; None for a network without a backbone of ours.
+      facts: of the training data.
       frozen_sha256: of the frozen parameters; empty where all are trained.
-      examples: number of training images, from which schedules count epochs; 0 where none does.
-      names: of the values in masks; empty where there are none.
-      class_weights: of the classes in the loss; empty for equal ones.
     """
 
-    variant: backbones.AnyVariant
-    size: tuple[int, int]
-    categories: tuple[str, ...]
+    variant: Any
+    facts: Facts
     frozen_sha256: str
-    examples: int = 0
-    names: tuple[str, ...] = ()
-    class_weights: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self) | {"variant": backbones.to_json(self.variant)}
-        return json.loads(json.dumps(fields))
+        variant = None if self.variant is None else backbones.to_json(self.variant)
+        fields = {"variant": variant, **dataclasses.asdict(self.facts)}
+        return json.loads(json.dumps(fields | {"frozen_sha256": self.frozen_sha256}))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Description":
         try:
-            return cls(
-                backbones.from_json(value["variant"]),
+            variant = value["variant"] and backbones.from_json(value["variant"])
+            facts = Facts(
                 tuple(value["size"]),
                 tuple(value["categories"]),
-                value["frozen_sha256"],
                 value["examples"],
                 tuple(value.get("names", ())),
                 tuple(value.get("class_weights", ())),
             )
+            return cls(variant, facts, value["frozen_sha256"])
         except (KeyError, TypeError) as error:
             raise ConfigError(f"model.json is damaged or of another version: {error!r}") from error
+
+
+def read_description(workdir: Path) -> Description:
+    """Reads `model.json`."""
+    return Description.from_json(read_json(workdir / "model.json"))
 
 
 def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Checks, before anything is computed, that a run of `config` may begin or go on in `workdir`.
 
+    A run that has ended may go on for longer.
+
     Raises:
       ConfigError: the folder holds a run of another config, or is none.
     """
+    check_folder(workdir)
+    if not has_checkpoint(workdir):
+        return
+    if (workdir / "objects.json").exists():
+        raise ConfigError(
+            f"{workdir} holds a run that was begun from objects; give another --workdir"
+        )
+    if (workdir / "config.json").exists():
+        stored, _ = _stored(workdir)
+        if not _longer(workdir, stored, config):
+            schema.check_same_run(stored.to_dict(), config.to_dict(), workdir)
+
+
+def check_folder(workdir: Path) -> None:
+    """Raises ConfigError if a file is where a folder of the run should be."""
     for path in (workdir, workdir / "checkpoints"):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--workdir={workdir}: {path} is a file, not a folder")
-    if _has_checkpoint(workdir) and (workdir / "config.json").exists():
-        check_same_run(_read(workdir / "config.json"), config.to_dict(), workdir)
 
 
-def _has_checkpoint(workdir: Path) -> bool:
+def _longer(workdir: Path, stored: ml_collections.ConfigDict, config) -> bool:
+    """Whether `config` is that of a run that has ended, but for a greater length."""
+    differ = schema.differences(stored.to_dict(), config.to_dict(), lambda one: one.free)
+    keys = {line.split(":")[0].strip() for line in differ.splitlines()}
+    if not keys or not keys <= set(_LENGTH):
+        return False
+    examples = read_description(workdir).facts.examples
+    if not examples and not stored.train.steps:
+        return False
+    ended, longer = (assembly.total_steps(c.train, examples) for c in (stored, config))
+    return last_step(workdir) == ended < longer
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether there is a finished one."""
+    return last_step(workdir) > -1
+
+
+def last_step(workdir: Path) -> int:
+    """The step of the newest finished checkpoint, -1 where there is none."""
     # A save that was cut short has a longer name.
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    names = (path.name for path in (workdir / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def begin(workdir: Path, config: ml_collections.ConfigDict, description: Description) -> None:
     """Writes `config.json` and `model.json`, or checks that a run to be resumed is the same.
 
     A folder without any checkpoint is begun anew: an attempt that came to nothing, because of a
-    value that was wrong, must not stand in the way of the right one.
+    value that was wrong, must not stand in the way of the right one. Of a run that goes on after its end
+    `config.json` keeps how long it was to be before.
 
     Raises:
       ConfigError: the folder cannot be written, or holds another run.
     """
     check(workdir, config)
+    written = config.to_dict()
+    if has_checkpoint(workdir) and (workdir / "config.json").exists():
+        stored, history = _stored(workdir)
+        if _longer(workdir, stored, config):
+            steps = last_step(workdir)
+            log.info("the run had ended after %d steps; it goes on from there", steps)
+            history = [*history, {"steps": steps, "train": stored.train.to_dict()}]
+        if history:
+            written["history"] = history
+    begin_with(workdir, description, {"config.json": written})
+
+
+def begin_with(workdir: Path, description: Description, files: Mapping[str, Any]) -> None:
+    """Writes `model.json` and `files`, or checks that what is there is the same model and data."""
     new = description.to_json()
-    resumed = _has_checkpoint(workdir)
+    resumed = has_checkpoint(workdir)
     if resumed and (workdir / "model.json").exists():
-        old = _read(workdir / "model.json")
-        differ = [f"  {k}: {old.get(k)} there, {new[k]} now" for k in new if old.get(k) != new[k]]
+        old = read_json(workdir / "model.json")
+        # Runs of before they were kept have no examples, and no names.
+        known = {k: v for k, v in new.items() if old.get(k) or k not in ("examples", "names")}
+        differ = [
+            f"  {k}: {old.get(k)} there, {v} now" for k, v in known.items() if old.get(k) != v
+        ]
         if differ:
             lines = "\n".join(differ)
             raise ConfigError(f"{workdir} holds a run with another model or data:\n{lines}")
@@ -113,8 +168,11 @@ def begin(workdir: Path, config: ml_collections.ConfigDict, description: Descrip
                 # They would be taken for this run's.
                 for name in ("frozen", "features"):
                     shutil.rmtree(workdir / name, ignore_errors=True)
+                for name in ("config.json", "objects.json"):
+                    (workdir / name).unlink(missing_ok=True)
             write_json(workdir / "model.json", new)
-            write_json(workdir / "config.json", config.to_dict())
+            for name, value in files.items():
+                write_json(workdir / name, value)
         except OSError as error:
             raise ConfigError(f"cannot write to --workdir={workdir}: {error}") from error
     if jax.process_count() > 1:
@@ -159,32 +217,45 @@ def load(
     Raises:
       ConfigError: there is no run, or an override is not allowed or changes the model.
     """
+    stored = read_config(workdir)
+    flat, _ = renames.renamed({**schema.flatten(stored), **overrides})
+    config = schema.nested(flat)
+    schema.validate(config)
+    lines = schema.differences(stored.to_dict(), config.to_dict(), lambda one: one.open)
+    if lines:
+        raise ConfigError(
+            f"{workdir} holds a run of another config:\n{lines}\n"
+            "Give another --workdir, the same config, or remove that folder."
+        )
+    return config, read_description(workdir)
+
+
+def read_config(workdir: Path) -> ml_collections.ConfigDict:
+    """The config of a run, in today's names and with today's keys.
+
+    Raises:
+      ConfigError: there is no run that was begun from a config.
+    """
+    return _stored(workdir)[0]
+
+
+def _stored(workdir: Path) -> tuple[ml_collections.ConfigDict, list[Any]]:
+    """(the stored config, how long its run was to be before)."""
     if not (workdir / "config.json").exists():
+        if (workdir / "objects.json").exists():
+            raise ConfigError(
+                f"--workdir={workdir} holds a run that was begun from objects: only "
+                "jaxseg.load(workdir, task=..., data=...) can restore it"
+            )
         raise ConfigError(f"--workdir={workdir} holds no run: config.json is missing")
-    stored = _read(workdir / "config.json")
-    config = _with_tuples(stored)
-    config.update_from_flattened_dict(dict(overrides))
-    validate(config)
-    before, after = (
-        {k: v for k, v in c.items() if k not in _OPEN_SECTIONS} for c in (stored, config.to_dict())
-    )
-    check_same_run(before, after, workdir)
-    return config, Description.from_json(_read(workdir / "model.json"))
+    value = read_json(workdir / "config.json")
+    history = value.pop("history", [])
+    return schema.modernized(value), history
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConfigError where it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-
-
-def _with_tuples(stored: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """A ConfigDict of parsed JSON, lists as tuples."""
-
-    def convert(value):
-        if isinstance(value, Mapping):
-            return {k: convert(v) for k, v in value.items()}
-        return tuple(value) if isinstance(value, list) else value
-
-    return ml_collections.ConfigDict(convert(stored))

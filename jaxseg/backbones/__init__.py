@@ -1,55 +1,49 @@
-"""All backbones by name, of whatever family."""
+"""Backbones: features of images. A new family is a file here and a line in `_Families`."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from jaxseg.backbones.resnet import RESNETS, ResNet, ResNetVariant
-from jaxseg.backbones.vit import VARIANTS, Variant, ViT
-
-AnyVariant = Variant | ResNetVariant
-BACKBONES: dict[str, AnyVariant] = {**VARIANTS, **RESNETS}
-_FAMILIES = {"vit": Variant, "resnet": ResNetVariant}
+from jaxseg.backbones.family import Family
+from jaxseg.options import listed, options
 
 
-def build(variant: AnyVariant, *, dtype: Any = jnp.float32, **options) -> nn.Module:
-    """The module of a variant; `options` are fields of `ViT` or `ResNet`, others are left out."""
-    module = ViT if isinstance(variant, Variant) else ResNet
-    known = {field.name for field in dataclasses.fields(module)}
-    return module(variant=variant, dtype=dtype, **{k: v for k, v in options.items() if k in known})
+class _Families:
+    # The default first.
+    # isort: off
+    from jaxseg.backbones.vit_weights import FAMILY as vit
+    from jaxseg.backbones.resnet_weights import FAMILY as resnet
 
 
-def to_json(variant: AnyVariant) -> dict[str, Any]:
-    """A description from which `from_json` makes the same variant."""
-    family = next(name for name, kind in _FAMILIES.items() if isinstance(variant, kind))
-    return {"family": family, **dataclasses.asdict(variant)}
+FAMILIES: dict[str, Family] = listed(_Families)
+# Their modules, as `jaxseg.backbones.ResNet`.
+globals().update({family.module.__name__: family.module for family in FAMILIES.values()})
+BACKBONES: dict[str, Any] = {
+    name: shape for family in FAMILIES.values() for name, shape in family.variants.items()
+}
 
 
-def from_json(value: Mapping[str, Any]) -> AnyVariant:
+def family_of(variant: Any) -> Family:
+    """The family of a shape."""
+    return next(family for family in FAMILIES.values() if isinstance(variant, family.shape))
+
+
+def build(variant: Any, *, dtype: Any = jnp.float32, **chosen: Any) -> nn.Module:
+    """The module of a shape; `chosen` are options, of which those of other families are left out."""
+    module = family_of(variant).module
+    known = options(module)
+    return module(variant=variant, dtype=dtype, **{k: v for k, v in chosen.items() if k in known})
+
+
+def to_json(variant: Any) -> dict[str, Any]:
+    """A description from which `from_json` makes the same shape."""
+    return {"family": family_of(variant).name, **dataclasses.asdict(variant)}
+
+
+def from_json(value: Mapping[str, Any]) -> Any:
     """Inverse of `to_json`; raises KeyError or TypeError where something is missing or unknown."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    return _FAMILIES[fields.pop("family")](**fields)
-
-
-def layers(variant: AnyVariant) -> list[tuple[str, ...]]:
-    """The parameters' names by layer, from the input on; a ViT's final norm belongs to none."""
-    if isinstance(variant, Variant):
-        embedding = ("cls_token", "pos_embed", "register_tokens", "patch_embed")
-        return [embedding, *((f"blocks_{i}",) for i in range(variant.depth))]
-    stages = [tuple(f"layer{i + 1}_{j}" for j in range(n)) for i, n in enumerate(variant.blocks)]
-    return [("conv1", "bn1"), *stages]
-
-
-def initial_statistics(module: nn.Module, *inputs, **named) -> Mapping[str, Any]:
-    """The running statistics of batch norm before the first step: mean 0, variance 1; {} for none."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs, **named)
-    shapes = shapes.get("batch_stats", {})
-
-    def leaf(path, x):
-        return jnp.full(x.shape, float(path[-1].key == "var"), x.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
+    return FAMILIES[fields.pop("family")].shape(**fields)

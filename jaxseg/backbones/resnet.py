@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxseg.ops.conv import conv_general_dilated
+from jaxseg.options import OptionError, option
 
 OUTPUT_STRIDES = (8, 16, 32)
 NORMS = ("batch", "group")
@@ -32,13 +33,16 @@ class ResNetVariant:
     small_stem: bool = False
     stem_stride: int = 1
 
-    # Images need not be multiples of anything.
-    patch = 1
-
     @property
     def dim(self) -> int:
         """Channels of the last stage."""
         return self.width * 8 * (4 if self.bottleneck else 1)
+
+    @property
+    def layer_names(self) -> tuple[tuple[str, ...], ...]:
+        """The parameters' names by stage, from the input on."""
+        blocks = (tuple(f"layer{i + 1}_{j}" for j in range(n)) for i, n in enumerate(self.blocks))
+        return (("conv1", "bn1"), *blocks)
 
 
 # Sizes: He et al. 2016, table 1.
@@ -135,11 +139,22 @@ class ResNet(nn.Module):
     variant: ResNetVariant
     dtype: Any = jnp.float32
     output_stride: int = 32
-    norm: str = "batch"
-    remat: bool = False
+    norm: str = option("batch", "of a ResNet; group from scratch only", choices=NORMS)
+    remat: bool = option(False, "compute activations again: less memory, more time", neutral=False)
+
+    @property
+    def layer_names(self) -> tuple[tuple[str, ...], ...]:
+        return self.variant.layer_names
+
+    def with_stride(self, stride: int) -> "ResNet":
+        """This network with a last map of `stride` pixels per cell; 0 for 16."""
+        stride = stride or 16
+        if stride not in OUTPUT_STRIDES:
+            raise OptionError(f"stride is {stride}; {self.variant.name} allows {OUTPUT_STRIDES}")
+        return self.clone(output_stride=stride)
 
     @nn.compact
-    def __call__(self, image_BxHxWx3: jax.Array, *, train: bool = False, **_) -> dict[str, Any]:
+    def __call__(self, image_BxHxWx3: jax.Array, *, train: bool = False) -> dict[str, Any]:
         """Computes the features of normalised images of any size.
 
         Args:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxseg.nn.dense import Dense
 from jaxseg.ops.resize import interpolate_position_embedding
+from jaxseg.options import option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Variant:
     registers: int = 0
     pos_offset: float = 0.1
     pos_antialias: bool = False
+
+    @property
+    def layer_names(self) -> tuple[tuple[str, ...], ...]:
+        """The parameters' names by layer, from the input on; the final norm belongs to none."""
+        embedding = ("cls_token", "pos_embed", "register_tokens", "patch_embed")
+        return (embedding, *((f"blocks_{i}",) for i in range(self.depth)))
 
 
 def _dinov2(name: str, dim: int, depth: int, heads: int) -> list[Variant]:
@@ -67,20 +74,6 @@ _weight_init = nn.initializers.truncated_normal(0.02)
 _patch_init = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform", in_axis=(0, 1, 2), out_axis=3
 )
-
-
-def get_variant(variant: Variant | str) -> Variant:
-    """Returns the entry of `VARIANTS` of that name, or a given Variant unchanged."""
-    if isinstance(variant, Variant):
-        return variant
-    if variant not in VARIANTS:
-        raise ValueError(f"no backbone is called {variant!r}: allowed are {', '.join(VARIANTS)}")
-    return VARIANTS[variant]
-
-
-def from_variant(variant: Variant | str, *, dtype: Any = jnp.float32, **options) -> "ViT":
-    """Returns the ViT of a Variant or of a name in `VARIANTS`, computing in `dtype`."""
-    return ViT(variant=get_variant(variant), dtype=dtype, **options)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -286,8 +279,20 @@ class ViT(nn.Module):
 
     variant: Variant
     dtype: Any = jnp.float32
-    drop_path: float = 0.0
-    remat: bool = False
+    drop_path: float = option(0.0, "stochastic depth of a ViT's last block", low=0, high=0.9)
+    remat: bool = option(False, "compute activations again: less memory, more time", neutral=False)
+
+    @property
+    def patch(self) -> int:
+        return self.variant.patch
+
+    @property
+    def depth(self) -> int:
+        return self.variant.depth
+
+    @property
+    def layer_names(self) -> tuple[tuple[str, ...], ...]:
+        return self.variant.layer_names
 
     @nn.compact
     def __call__(
@@ -297,7 +302,6 @@ class ViT(nn.Module):
         layers: Sequence[int] = (),
         attention: bool = False,
         drop_keys_B: jax.Array | None = None,
-        train: bool = False,
     ) -> dict[str, Any]:
         """Computes the features of normalised images.
 
@@ -306,7 +310,6 @@ class ViT(nn.Module):
           layers: blocks to return besides the last; negative ones count from the end.
           attention: whether to return the attention of the last block.
           drop_keys_B: a random key for each image, for `drop_path`.
-          train: changes nothing; other backbones have batch norm.
 
         Returns:
           Float32 arrays. `cls` [B, D] and `patches` [B, h, w, D] after the final norm. `layers` and

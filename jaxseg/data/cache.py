@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxseg.data.source import Source, fit
+from jaxseg.data.source import Source, categories_of, example_of, fit
+from jaxseg.ops import geometry
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,9 @@ class PreparedSource:
     Args:
       source: what to read.
       size: (H, W) from `working_size`.
-      multiple: pixels per token, see `sources.fit`.
+      multiple: pixels per token, see `source.fit`.
       memory: bytes of examples to keep.
+      leave_out: fields of the examples that are not wanted.
       features: adds `features` to every example; None for images alone.
       flip: probability of a left-right flip, drawn from (seed, position). Only for features that
         are cached; without them the flip is done on the device.
@@ -129,12 +131,14 @@ class PreparedSource:
         *,
         multiple: int,
         memory: float,
+        leave_out: Sequence[str] = (),
         features: FeatureCache | None = None,
         flip: float = 0.0,
         seed: int = 0,
     ):
-        self.categories: Sequence[str] = source.categories
+        self.categories = categories_of(source)
         self._source, self._size, self._multiple = source, size, multiple
+        self._leave_out = tuple(leave_out)
         self._features, self._flip, self._seed = features, flip, seed
         self._store = MemoryStore(memory)
 
@@ -148,9 +152,13 @@ class PreparedSource:
         key = (index, flipped)
         example = self._store.get(key)
         if example is None:
-            example = fit(self._source[index], self._size, multiple=self._multiple)
+            example = example_of(self._source, index)
+            for field in self._leave_out:
+                example.pop(field, None)
+            example = fit(example, self._size, multiple=self._multiple)
             if flipped:
-                example |= {k: example[k][:, ::-1] for k in ("image", "mask") if k in example}
+                size = self._size
+                example = {k: geometry.flip(k, value, size) for k, value in example.items()}
             if self._features is not None:
                 example["features"] = self._features(example["image"])
             self._store.put(key, example)

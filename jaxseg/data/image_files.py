@@ -11,11 +11,12 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image
 
+from jaxseg.ops.geometry import VOID
+
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".jfif"),
     *(".ppm", ".pgm", ".pbm", ".avif"),
 )
-VOID = 255
 _BACKDROP = 128  # what shows through transparent pixels: about the mean that networks subtract
 
 _TRANSPOSES = {

@@ -2,14 +2,16 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
-from jaxseg.data.image_files import VOID
-from jaxseg.data.source import Source, fit
+from jaxseg.data.image_files import DataError
+from jaxseg.data.source import Source, example_of, fit
+from jaxseg.ops import geometry
+
+_NUMBERS = "biufcV"  # kinds of dtypes; V are those of ml_dtypes, such as bfloat16
 
 
 def example_index(seed: int, position: int, length: int) -> int:
@@ -59,7 +61,7 @@ def train_batches(
       image uint8 bxHxWx3, mask uint8 bxHxW (absent if the source has none), category int32 b, any
       further arrays of the examples, index int32 b (of the example in the source), row int32 b (its
       place in the global batch) and valid bool b.
-      Rows where `valid` is False are padding: mask void, everything else 0.
+      Rows where `valid` is False are padding: mask void, everything else 0 (`geometry.FIELDS`).
 
     Raises:
       ValueError: what the source raises, when the batch that it belongs to is asked for.
@@ -111,6 +113,9 @@ def _batches(
       multiple: see `fit`.
       process_index, process_count, local_devices: see `share`.
     """
+    import grain  # here, with absl: they take a second, and only who reads batches needs them
+    from absl import flags
+
     if batch < 1:
         raise ValueError(f"batch is {batch}: it must be at least 1")
     if not len(source):
@@ -120,7 +125,7 @@ def _batches(
     def read(index: int, position: int) -> dict:
         if size is None:
             return source.read(index, position)
-        return fit(source[index], size, multiple=multiple)
+        return fit(example_of(source, index), size, multiple=multiple)
 
     def load(step: int) -> dict[str, np.ndarray]:
         asked = [(index_at(p), p) for p in (step * batch + offset for offset in offsets)]
@@ -147,8 +152,8 @@ def _batches(
     return _closing(iterator)
 
 
-def _closing(iterator: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]:
-    """Stops threads and worker processes as soon as the caller is done, or lets go."""
+def _closing(iterator: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Stops a Grain iterator's threads and processes as soon as the caller is done, or lets go."""
     try:
         yield from iterator
     finally:
@@ -162,10 +167,22 @@ def _stacked(
     examples = [read(*which) for which in wanted]
     like = examples[0] if examples else read(0, 0)  # shapes, where all rows are padding
     stacked = {}
-    for key in [key for key in like if key != "name"]:
-        first = np.asarray(like[key])
-        dtype = np.int32 if key == "category" else first.dtype
-        stacked[key] = np.full((rows, *first.shape), VOID if key == "mask" else 0, dtype)
+    for key in like:
+        first, kind = np.asarray(like[key]), geometry.field(key)
+        if first.dtype.kind not in _NUMBERS:  # the name
+            continue
+        stacked[key] = np.full((rows, *first.shape), kind.padding, kind.dtype or first.dtype)
         for row, example in enumerate(examples):
+            if key not in example or np.shape(example[key]) != first.shape:
+                raise DataError(_unlike(key, example, like))
             stacked[key][row] = example[key]
     return stacked
+
+
+def _unlike(key: str, example: Mapping[str, Any], like: Mapping[str, Any]) -> str:
+    has = f"is of shape {np.shape(example[key])}" if key in example else "is missing"
+    advice = "; pad boxes with rows of 0" if key == "boxes" else ""
+    return (
+        f"{key} of example {example.get('name', '')} {has}, and of shape {np.shape(like[key])} in example "
+        f"{like.get('name', '')}: allowed is one shape for a source{advice}"
+    )

@@ -6,17 +6,11 @@ background counts as one object, where VOC12's are taken one by one.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxseg.report import figures
-from jaxseg.report.report import overlay
-
 VOID = 255
-_OUTLINE = "#ff40ff"
-_KEPT = "#40e0ff"  # seen on all of "inferno"
 
 
 def cls_attention(attention_BxhxQxN: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
@@ -151,79 +145,3 @@ def attention_jaccard(
         "whole_image": float(np.nanmean(whole)),
         "images": len(scores),
     }
-
-
-def plot_attention(
-    images: Sequence[np.ndarray],
-    attentions: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray] | None,
-    path: str | Path,
-    *,
-    mass: float = 0.6,
-) -> None:
-    """Rows of image | mean of the heads | each head | what the best head keeps.
-
-    The best head is that of the highest Jaccard index with the mask, whose outline is drawn in pink;
-    where there is no mask, what the mean of the heads keeps is shown instead. Each map has its own
-    scale from 0 to its maximum, and what it keeps is outlined.
-
-    Args:
-      images: uint8 HxWx3.
-      attentions: [heads, h, w] for each.
-      masks: HxW for each, see `head_jaccard`; or None.
-      path: of the PNG.
-      mass: see `keep_mass`.
-
-    Raises:
-      ValueError: lengths differ; see `keep_mass`.
-    """
-    lengths = {len(x) for x in (images, attentions, masks) if x is not None}
-    if len(lengths) != 1 or not len(images):
-        raise ValueError(
-            f"{len(images)} images, {len(attentions)} attention maps and "
-            f"{'no' if masks is None else len(masks)} masks: need as many of each, at least one"
-        )
-    heads = len(attentions[0])
-    titles = ["image", "mean", *(f"head {i}" for i in range(heads)), f"{mass:.0%} of mass"]
-    aspect = figures.common_aspect(images)
-    figure, axes = figures.make_grid(len(images), heads + 3, titles=titles, inch=1.7, aspect=aspect)
-    for row, (image, attention) in enumerate(zip(images, attentions, strict=True)):
-        mask = None if masks is None else masks[row]
-        mean = np.mean(attention, axis=0)
-        axes[row, 0].imshow(image)
-        for axis, values in zip(axes[row, 1:-1], (mean, *attention), strict=True):
-            axis.imshow(values, cmap="inferno", vmin=0)
-            _outline_mass(axis, keep_mass(values, mass))
-        best, label = _best(attention, mean, mask, mass)
-        axes[row, -1].imshow(overlay(image, upsample(keep_mass(best, mass), image.shape[:2])))
-        box = dict(facecolor="white", alpha=0.8, linewidth=0, pad=1)
-        place = dict(transform=axes[row, -1].transAxes, va="bottom", fontsize=7, bbox=box)
-        axes[row, -1].text(0.02, 0.03, label, **place)
-        foreground = None if mask is None else (mask != 0) & (mask != VOID)
-        if foreground is not None and foreground.any():
-            outline = upsample(foreground, image.shape[:2])
-            axes[row, 0].contour(outline, levels=[0.5], colors=_OUTLINE, linewidths=1)
-    legend = f"blue line: what holds {mass:.0%} of a map"
-    if masks is not None:
-        legend += "; pink line: the object; last column: the best head and its Jaccard index"
-    figure.supxlabel(legend, fontsize=9)
-    figures.save(figure, path)
-
-
-def _outline_mass(axis, kept_hw: np.ndarray) -> None:
-    """Draws the border of the kept patches into a map of one pixel a patch."""
-    if kept_hw.all():
-        return
-    h, w = kept_hw.shape
-    edges = upsample(kept_hw, (8 * h, 8 * w))
-    where = (-0.5, w - 0.5, -0.5, h - 0.5)
-    axis.contour(edges, levels=[0.5], colors=_KEPT, linewidths=0.8, extent=where)
-
-
-def _best(attention, mean, mask, mass) -> tuple[np.ndarray, str]:
-    """(the map to show thresholded, what it is)."""
-    scores = np.full(1, np.nan) if mask is None else head_jaccard(attention, mask, mass=mass)
-    if np.isnan(scores).any():
-        return mean, "mean of the heads"
-    head = int(scores.argmax())
-    return attention[head], f"head {head}: {scores[head]:.2f}"

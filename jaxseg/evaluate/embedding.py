@@ -1,15 +1,12 @@
 """t-SNE (van der Maaten and Hinton, JMLR 2008) of features over the course of a training."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from jaxseg.report import figures
-from jaxseg.evaluate.rank import check_features, check_labels, normalize
+from jaxseg.evaluate.rank import check_features, normalize
 
 _START = 1e-4  # deviation of an initial layout: larger ones keep t-SNE from rearranging it
-_LEGEND = 20  # classes at most
 
 
 def tsne(
@@ -41,7 +38,7 @@ def tsne(
     from threadpoolctl import threadpool_limits
 
     arrays = [check_features(x, f"snapshot {i}") for i, x in enumerate(snapshots)]
-    count = _check_count(arrays)
+    count = check_count(arrays)
     perplexity = min(perplexity, (count - 1) / 3)
     layouts: list[np.ndarray] = []
     for x in map(normalize, arrays):
@@ -60,8 +57,12 @@ def tsne(
     return layouts
 
 
-def _check_count(arrays: Sequence[np.ndarray]) -> int:
-    """The number of images, the same in all arrays."""
+def check_count(arrays: Sequence[np.ndarray]) -> int:
+    """The number of images, the same in all arrays [N, D].
+
+    Raises:
+      ValueError: it is below 4, or not the same in all.
+    """
     counts = [len(x) for x in arrays]
     if not counts or min(counts) != max(counts) or counts[0] < 4:
         raise ValueError(
@@ -87,62 +88,3 @@ def _turn(layout_Nx2: np.ndarray, onto_Nx2: np.ndarray) -> np.ndarray:
     centred = layout_Nx2 - layout_Nx2.mean(axis=0)
     left, _, right = np.linalg.svd(centred.T @ (onto_Nx2 - onto_Nx2.mean(axis=0)))
     return centred @ (left @ right)
-
-
-def plot_tsne(
-    snapshots: Sequence[tuple[str, np.ndarray, np.ndarray | None]],
-    names: Sequence[str],
-    path: str | Path,
-    *,
-    panels: int = 6,
-    points: int = 2000,
-    seed: int = 0,
-) -> list[str]:
-    """One panel for each of some snapshots, coloured by class.
-
-    Args:
-      snapshots: (label, features [N, D], classes int [N] or None), in the order of the training and
-        of the same images in the same order.
-      names: of the classes; empty if there are none. A legend names up to 20.
-      path: of the PNG.
-      panels: at most so many are laid out, evenly picked, the first and the last among them.
-      points: at most so many images are laid out, drawn by `seed`, the same in every panel.
-      seed: see `tsne`.
-
-    Returns:
-      The labels of the panels.
-
-    Raises:
-      ValueError: snapshots are of different images; see `tsne`.
-    """
-    count = _check_count([x for _, x, _ in snapshots])
-    picked = np.unique(np.linspace(0, len(snapshots) - 1, panels).round().astype(int))
-    shown = [snapshots[i] for i in picked]
-    labels = shown[0][2]
-    if labels is not None:
-        labels = check_labels(labels, count, classes=len(names))
-    if any(not np.array_equal(labels, other) for _, _, other in shown[1:]):
-        raise ValueError("the snapshots' labels differ: need the same images in the same order")
-    rows = np.sort(np.random.default_rng(seed).permutation(count)[:points])
-    layouts = tsne([x[rows] for _, x, _ in shown], seed=seed)
-    columns = min(3, len(shown))
-    figure, axes = figures.make_grid(-(-len(shown) // columns), columns, inch=3.6)
-    colors = figures.class_colors(max(len(names), 1))
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
-    for axis, layout, (label, _, _) in zip(axes.flat, layouts, shown, strict=False):
-        color = figures.PLAIN if labels is None else colors[labels[rows]]
-        axis.scatter(*layout.T, c=color, s=max(2.0, min(20.0, 8000 / len(rows))), linewidths=0)
-        axis.set_title(label.replace("$", r"\$"))
-        axis.set_aspect("equal", adjustable="datalim")
-    present = [] if labels is None else np.unique(labels[rows])
-    if 0 < len(present) <= _LEGEND:
-        for index in present:
-            name = figures.written(names[index])
-            axes[0, 0].scatter([], [], color=colors[index], label=name)
-        # A letter takes about 0.07 inches, and the colour with its gaps 0.5.
-        longest = max(len(figures.written(names[index])) for index in present)
-        columns = int(figure.get_figwidth() / (0.5 + 0.07 * longest))
-        figure.legend(loc="outside lower center", ncols=min(max(columns, 1), 10), fontsize=9)
-    figures.save(figure, path)
-    return [label for label, _, _ in shown]

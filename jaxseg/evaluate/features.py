@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxseg.train import partition
-from jaxseg.train.writers import Progress
 
 
 class Gatherer:
@@ -51,7 +50,12 @@ class Gatherer:
           process.
         """
         parts: list[dict[str, np.ndarray]] = []
-        progress = Progress(label, total) if label else None
+        progress = None
+        if label:
+            # Imported here: what draws the bar is needed only where one is seen.
+            from jaxseg.train.writers import Progress
+
+            progress = Progress(label, total)
         done = 0
         for batch in batches:
             out = jax.device_get(self._step(params, partition.put_batch(self._mesh, batch)))

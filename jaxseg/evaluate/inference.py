@@ -6,6 +6,7 @@ average what `predict` gives. Averages should be of probabilities, not of logits
 window would otherwise outvote the others.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,32 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxseg.evaluate.windows import cover
 from jaxseg.ops.resize import resize_bilinear
 
 # Float images `B x H x W x 3` in [0, 1] -> scores `B x H x W x K`, an array of NumPy or JAX.
 Predict = Callable[[np.ndarray], Any]
 
-BLENDS = ("hann", "uniform")
 _resize = jax.jit(partial(resize_bilinear, antialias=True), static_argnums=1)
-
-
-def window_starts(length: int, window: int, stride: int) -> np.ndarray:
-    """Where the windows on an axis start: `stride` apart, the last one shifted back to end with it."""
-    if length <= window:
-        return np.zeros(1, int)
-    return np.append(np.arange(0, length - window, stride), length - window)
-
-
-def window_weights(starts: np.ndarray, window: int, blend: str) -> np.ndarray:
-    """Weights of the windows on an axis, float32 `windows x window`: in every pixel they sum to 1."""
-    if blend not in BLENDS:
-        raise ValueError(f"blend is {blend!r}: allowed are {', '.join(BLENDS)}")
-    # Half-pixel centres: no weight is 0, so the border of an image has one too.
-    profile = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2
-    profile = profile if blend == "hann" else np.ones(window)
-    pixels = starts[:, None] + np.arange(window)
-    total = np.bincount(pixels.ravel(), np.tile(profile, len(starts)))
-    return (profile / total[pixels]).astype(np.float32)
 
 
 def sliding_window(
@@ -75,19 +57,21 @@ def sliding_window(
     if batch < 1:
         raise ValueError(f"batch is {batch}: it must be at least 1")
     image = _pad(image_BxHxWx3, tuple(map(max, (height, width), window)))
-    ys, xs = map(window_starts, image.shape[1:3], window, stride)
-    rows, columns = (window_weights(s, n, blend) for s, n in zip((ys, xs), window, strict=True))
-    places = [(b, i, j) for b in range(len(image)) for i in range(len(ys)) for j in range(len(xs))]
+    rows, columns = (
+        cover(n, w, stride=s, blend=blend)
+        for n, w, s in zip(image.shape[1:3], window, stride, strict=True)
+    )
+    places = list(itertools.product(range(len(image)), rows, columns))
     out = None
     for group in _groups(places, batch):
-        parts = [_cut(image[b], ys[i], xs[j], window) for b, i, j in group]
+        parts = [image[b, y.start : y.stop, x.start : x.stop] for b, y, x in group]
         parts += [parts[-1]] * (batch - len(group))
         scores = _scores(predict, _to_float(np.stack(parts)))
         if out is None:
             out = np.zeros((*image.shape[:3], scores.shape[-1]), np.float32)
-        for (b, i, j), part in zip(group, scores, strict=False):
-            weighted = part * rows[i][:, None, None] * columns[j][None, :, None]
-            _cut(out[b], ys[i], xs[j], window)[...] += weighted
+        for (b, y, x), part in zip(group, scores, strict=False):
+            weighted = part * y.weights[:, None, None] * x.weights[None, :, None]
+            out[b, y.start : y.stop, x.start : x.stop] += weighted
     return out[:, :height, :width]
 
 
@@ -171,7 +155,3 @@ def _strides(window, overlap, stride) -> tuple[int, int]:
 def _groups(items: Sequence, size: int) -> Iterator[Sequence]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _cut(array_HxWxC: np.ndarray, y: int, x: int, window: tuple[int, int]) -> np.ndarray:
-    return array_HxWxC[y : y + window[0], x : x + window[1]]

@@ -72,3 +72,15 @@ def knn_accuracy(
     options = dict(k=k, temperature=temperature, classes=classes)
     predictions = knn_predict(train_NxD, train_labels_N, test_MxD, **options)
     return {k: float((p == test_labels).mean()) for k, p in predictions.items()}
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, *, classes: int) -> np.ndarray:
+    """Float [classes, classes]: share of the class of each row that was predicted as each column."""
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
+        raise ValueError(f"{labels.shape} labels and {predictions.shape} predictions: need two [N]")
+    if min(labels.min(), predictions.min()) < 0 or max(labels.max(), predictions.max()) >= classes:
+        raise ValueError(f"labels and predictions must be in 0 to {classes - 1}")
+    counts = np.bincount(labels * classes + predictions, minlength=classes**2)
+    counts = counts.reshape(classes, classes)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

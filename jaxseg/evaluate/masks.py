@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxseg.metrics import binary as metrics
 from jaxseg.evaluate.inference import Predict, multi_scale, sliding_window
-from jaxseg.tasks.masks import DenseTask
+from jaxseg.metrics import binary as metrics
 from jaxseg.train import partition
 from jaxseg.train.writers import Progress
 
@@ -39,7 +38,7 @@ class Inference:
         options = dict(scales=self.scales, flip=self.flip, multiple=stride)
         return multi_scale(predict, image_BxHxWx3, **options)
 
-    def scores(self, task: DenseTask, mesh: Mesh):
+    def scores(self, task: Any, mesh: Mesh):
         """A function `(params, batch) -> scores B x H x W x K` of the batch's images, on the host."""
         score = jax.jit(
             lambda params, image: task.scores(task.logits(params, {"image": image * 255.0})[0]),
@@ -48,11 +47,11 @@ class Inference:
 
         def scores(params, batch):
             images = np.asarray(batch["image"])
-            return self(partial(score, params), images, stride=task.model.stride)
+            return self(partial(score, params), images, stride=task.network.multiple)
 
         return scores
 
-    def step(self, task: DenseTask, mesh: Mesh):
+    def step(self, task: Any, mesh: Mesh):
         """What takes the place of `task.sums`: `(params, batch on the mesh) -> (sums, images)`."""
         scores = self.scores(task, mesh)
         count = jax.jit(
@@ -62,8 +61,15 @@ class Inference:
         return lambda params, batch: count(scores(params, batch), batch)
 
 
+def make_step(task: Any, mesh: Mesh, inference: Inference | None = None):
+    """`(params, batch on the mesh) -> (sums, images)`, to be given to `evaluate` again and again."""
+    if inference is not None:
+        return inference.step(task, mesh)
+    return jax.jit(task.sums, out_shardings=partition.replicated(mesh))
+
+
 def evaluate(
-    task: DenseTask,
+    task: Any,
     params: Mapping[str, Any],
     batches: Iterable[Mapping[str, np.ndarray]],
     *,
@@ -71,6 +77,7 @@ def evaluate(
     total: int,
     label: str = "evaluate",
     inference: Inference | None = None,
+    step: Any = None,
 ) -> tuple[dict[str, Any], list[tuple[int, float]]]:
     """Evaluates `params` on all batches.
 
@@ -82,13 +89,12 @@ def evaluate(
       total: number of examples, for the progress.
       label: for the progress.
       inference: how images are predicted, if not once and whole.
+      step: what `make_step` gave for these; None to make and compile it.
 
     Returns:
       (metrics, [(example index, its IoU or -1)]), the same on every process.
     """
-    step = jax.jit(task.sums, out_shardings=partition.replicated(mesh))
-    if inference is not None:
-        step = inference.step(task, mesh)
+    step = step or make_step(task, mesh, inference)
     sums, images, done = None, [], 0
     progress = Progress(label, total)
     for batch in batches:
@@ -103,7 +109,7 @@ def evaluate(
 
 
 def predictions(
-    task: DenseTask,
+    task: Any,
     params: Mapping[str, Any],
     batches: Iterable[Mapping[str, np.ndarray]],
     *,

@@ -1,14 +1,12 @@
-"""Nearest neighbours among features: the search, the share of the same class, and a picture."""
+"""Nearest neighbours among features: the search, and the share of the same class."""
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseg.report import figures
 from jaxseg.evaluate.rank import check_features, check_labels, normalize
 
 METRICS = ("cosine", "l2")
@@ -138,43 +136,3 @@ def _check_rows(rows: Sequence[int], count: int) -> np.ndarray:
             f"rows are in {rows.min()} to {rows.max()}: there are only 0 to {count - 1}"
         )
     return rows
-
-
-def plot_neighbors(
-    images: Sequence[np.ndarray],
-    queries: Sequence[int],
-    neighbors_QxK: np.ndarray,
-    path: str | Path,
-    *,
-    labels: np.ndarray | None = None,
-    names: Sequence[str] = (),
-) -> None:
-    """Rows of query | neighbours, framed in green where the class is the query's, else in orange.
-
-    Args:
-      images: indexed by row; uint8 HxWx3, of any sizes.
-      queries: rows, [Q].
-      neighbors_QxK: of `nearest`.
-      path: of the PNG.
-      labels: int [N]; None for plain frames.
-      names: of the classes; numbers if empty.
-
-    Raises:
-      ValueError: there are no queries, or as many neighbours do not fit them.
-    """
-    neighbors = np.asarray(neighbors_QxK)
-    if neighbors.ndim != 2 or len(neighbors) != len(queries) or not neighbors.size:
-        raise ValueError(f"neighbours of shape {neighbors.shape} for {len(queries)} queries")
-    titles = ("query", *(str(i + 1) for i in range(neighbors.shape[1])))
-    figure, axes = figures.make_grid(len(queries), len(titles), titles=titles, aspect=1.15)
-    for query, others, line in zip(queries, neighbors, axes, strict=True):
-        for axis, row in zip(line, (query, *others), strict=True):
-            axis.imshow(images[row])
-            color = figures.PLAIN
-            if labels is not None:
-                name = names[labels[row]] if names else str(labels[row])
-                axis.set_xlabel(figures.written(name), fontsize=7)
-                if axis is not line[0]:
-                    color = figures.RIGHT if labels[row] == labels[query] else figures.WRONG
-            figures.set_frame(axis, color)
-    figures.save(figure, path)

@@ -1,13 +1,10 @@
 """Patch features as colours: the first three principal components as red, green and blue."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from jaxseg.report import figures
 from jaxseg.evaluate.rank import check_features
-from jaxseg.ops.resize import resize_bilinear
 
 _ROBUST = (1.0, 99.0)  # percentiles that become 0 and 1: a few stray patches do not dim the rest
 
@@ -53,42 +50,3 @@ def pca_rgb(tokens: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]
     ends = np.cumsum([h * w for h, w, _ in shapes])
     parts = np.split(rgb.astype(np.float32), ends[:-1])
     return [part.reshape(h, w, 3) for part, (h, w, _) in zip(parts, shapes, strict=True)], share
-
-
-def plot_pca(
-    images: Sequence[np.ndarray],
-    tokens: Sequence[np.ndarray],
-    path: str | Path,
-    *,
-    columns: int = 4,
-) -> None:
-    """Pairs of image and its `pca_rgb`, upsampled bilinearly to the image.
-
-    Args:
-      images: uint8 HxWx3.
-      tokens: of each image, see `pca_rgb`.
-      path: of the PNG.
-      columns: pairs in a row at most.
-
-    Raises:
-      ValueError: lengths differ; see `pca_rgb`.
-    """
-    if len(images) != len(tokens):
-        raise ValueError(f"{len(images)} images for the tokens of {len(tokens)}")
-    rgb, share = pca_rgb(tokens)
-    columns = min(columns, len(images))
-    figure, axes = figures.make_grid(
-        -(-len(images) // columns),
-        2 * columns,
-        titles=("image", "PCA") * columns,
-        aspect=figures.common_aspect(images),
-    )
-    for axis in axes.flat[2 * len(images) :]:
-        axis.set_axis_off()
-    for i, image in enumerate(images):
-        axes.flat[2 * i].imshow(image)
-        colors = np.asarray(resize_bilinear(rgb[i][None], image.shape[:2])[0])
-        axes.flat[2 * i + 1].imshow(np.clip(colors, 0, 1))
-    parts = ", ".join(f"{value:.0%}" for value in share)
-    figure.supxlabel(f"red, green, blue hold {parts} of the variance", fontsize=9)
-    figures.save(figure, path)

@@ -1,11 +1,6 @@
 """Arrays of features: what is checked of all of them, and how many dimensions they use."""
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import numpy as np
-
-from jaxseg.report import figures
 
 
 def check_features(features_NxD: np.ndarray, what: str = "features") -> np.ndarray:
@@ -63,7 +58,7 @@ def rankme(features_NxD: np.ndarray, *, eps: float = 1e-7) -> float:
     Raises:
       ValueError: see `check_features`.
     """
-    values = _singular_values(check_features(features_NxD))
+    values = singular_values(check_features(features_NxD))
     if not values[0]:
         return 0.0
     p = values / values.sum() + eps
@@ -82,35 +77,8 @@ def embedding_std(features_NxD: np.ndarray) -> float:
     return float(features.std(axis=0).mean() * np.sqrt(features.shape[1]))
 
 
-def plot_spectrum(features: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """The singular values of some features over their rank, as a share of their sum.
-
-    Args:
-      features: {label: [N, D]}; the legend gives the RankMe of each.
-      path: of the PNG.
-
-    Raises:
-      ValueError: there are none; see `check_features`.
-    """
-    if not features:
-        raise ValueError("no features to plot the spectrum of")
-    lines = {}
-    for label, x in features.items():
-        values = _singular_values(check_features(x, label))
-        share = np.maximum(values / max(values.sum(), 1e-30), 1e-8)
-        lines[f"{label}: RankMe {rankme(x):.1f}"] = (np.arange(1, len(values) + 1), share)
-    figures.plot_lines(
-        lines,
-        path,
-        xscale="log",
-        yscale="log",
-        xlabel="rank",
-        ylabel="share of the singular values",
-    )
-
-
-def _singular_values(features_NxD: np.ndarray) -> np.ndarray:
-    """In falling order, min(N, D) of them, exact to about 1e-8 of the largest.
+def singular_values(features_NxD: np.ndarray) -> np.ndarray:
+    """Float64 [min(N, D)] in falling order, exact to about 1e-8 of the largest.
 
     By the smaller Gram matrix, many times as fast as the decomposition of the features.
     """

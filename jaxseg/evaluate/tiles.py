@@ -1,85 +1,11 @@
 """Prediction in overlapping windows, for images of any size in bounded memory and without seams."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """One window on one axis.
-
-    Attributes:
-      start: where the window begins.
-      first: from where on its prediction counts.
-      weights: float32, what it counts from `first` on; those of all windows sum to one everywhere.
-    """
-
-    start: int
-    first: int
-    weights: np.ndarray
-
-    @property
-    def stop(self) -> int:
-        return self.first + len(self.weights)
-
-
-def plan(
-    length: int, window: int, *, overlap: int, margin: int = 0, multiple: int = 1
-) -> tuple[list[Span], int]:
-    """Lays windows on an axis, evenly, as few as the overlap allows.
-
-    Where two meet, the weight goes over from one to the next like half a cosine, in the middle of
-    their overlap and over `overlap - 2 * margin` pixels; so what lies within `margin` of a
-    window's end never counts, but at the ends of the image.
-
-    Args:
-      length: of the image; windows cover it up to the next multiple.
-      window: their length; if the image is shorter it is that, up to the next multiple.
-      overlap: least number of pixels that neighbours share.
-      margin: pixels that see a window's end: half the receptive field.
-      multiple: all windows start at multiples of it.
-
-    Returns:
-      (list of `Span`, length of the windows).
-
-    Raises:
-      ValueError: the numbers do not fit each other.
-    """
-    if min(length, window, multiple) < 1 or window % multiple or overlap % multiple:
-        raise ValueError(
-            f"image of {length}, window {window}, overlap {overlap}: window and overlap must be "
-            f"multiples of {multiple}, and an image has pixels"
-        )
-    if margin < 0 or not 2 * margin <= overlap < window:
-        raise ValueError(
-            f"overlap {overlap}, window {window}, margin {margin}: allowed are "
-            "0 <= 2 * margin <= overlap < window"
-        )
-    covered = -(-length // multiple) * multiple
-    window = min(window, covered)
-    spare = (covered - window) // multiple
-    gaps = -(-spare * multiple // (window - overlap)) if spare else 0
-    starts = [i * spare // gaps * multiple for i in range(gaps)] + [covered - window]
-    half = (overlap - 2 * margin) / 2
-    middles = [(a + b + window) / 2 for a, b in itertools.pairwise(starts)]
-
-    def rise(middle: float, at: np.ndarray) -> np.ndarray:
-        t = np.clip((at + 0.5 - middle) / (2 * half) + 0.5, 0, 1) if half else at + 0.5 > middle
-        return np.sin(np.pi / 2 * t) ** 2
-
-    spans = []
-    for i, start in enumerate(starts):
-        first = int(np.floor(middles[i - 1] - half)) if i else 0
-        stop = int(np.ceil(middles[i] + half)) if i < gaps else covered
-        at = np.arange(first, stop)
-        weights = rise(middles[i - 1], at) if i else np.ones(len(at))
-        # A later rise is never above an earlier one, so however they overlap the sum is one.
-        weights = weights - rise(middles[i], at) if i < gaps else weights
-        spans.append(Span(start, first, weights.astype(np.float32)))
-    return spans, window
+from jaxseg.evaluate.windows import Span, plan
 
 
 def default_overlap(window: tuple[int, int], stride: int) -> tuple[int, int]:

@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxseg.nn.dense import Dense
 from jaxseg.heads.guided import space_to_depth
+from jaxseg.nn.dense import Dense
 from jaxseg.ops.attention import additive, scaled_dot_product
 from jaxseg.ops.resize import resize_bilinear
+from jaxseg.options import option
 
 ATTENTIONS = ("dot", "additive")
 CONTEXTS = ("scaled", "course")
@@ -53,16 +54,17 @@ class ClassAttention(nn.Module):
     """
 
     several_maps: ClassVar[bool] = True
+    asks: ClassVar[bool] = True
 
     outputs: int = 2
     classes: int = 5
-    width: int = 512
-    attention: str = "dot"
-    context: str = "scaled"
-    channels: int = 64
-    low_channels: int = 48
-    dropout: float = 0.1
-    norm: str = "group"
+    width: int = option(512, "channels of queries, keys and values", low=1, high=2**16)
+    attention: str = option("dot", "how the query is compared with the keys", choices=ATTENTIONS)
+    context: str = option("scaled", "what the decoder sees", choices=CONTEXTS)
+    channels: int = option(64, "of the decoder", low=8, high=2**16, multiple=8)
+    low_channels: int = option(48, "of the low-level features", low=8, high=2**16, multiple=8)
+    dropout: float = option(0.1, "of channels of the deepest features", low=0, high=0.99)
+    norm: str = option("group", "of the decoder", choices=NORMS)
 
     def setup(self) -> None:
         _check_option("attention", self.attention, ATTENTIONS)

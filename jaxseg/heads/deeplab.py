@@ -13,10 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxseg.nn.dense import Dense
-from jaxseg.heads.guided import depth_to_space
 from jaxseg.backbones.resnet import NORMS
+from jaxseg.heads.guided import depth_to_space
+from jaxseg.nn.dense import Dense
 from jaxseg.ops.resize import resize_bilinear
+from jaxseg.options import option
 
 AUXILIARY = "auxiliary"
 LOW_LEVELS = ("stem", "pyramid")
@@ -271,13 +272,15 @@ class DeepLabV3(nn.Module):
     several_maps: ClassVar[bool] = True
 
     outputs: int = 1
-    channels: int = 256
-    rates: tuple[int, ...] = ()
-    norm: str = "batch"
-    dropout: float = 0.1
-    separable: bool = False
-    reduce: int = 0
-    auxiliary: bool = False
+    channels: int = option(256, "of the pyramid and what follows", low=1, high=2**16)
+    rates: tuple[int, ...] = option((), "of the pyramid; () for the stride's", low=1, whole=True)
+    norm: str = option("batch", "batch or group", choices=NORMS)
+    dropout: float = option(0.1, "after the pyramid", low=0, high=0.99)
+    separable: bool = option(False, "depthwise-separable pyramid")
+    reduce: int = option(
+        0, "channels that the deepest map is brought to first; 0 = as it is", low=0
+    )
+    auxiliary: bool = option(False, "an auxiliary head on an earlier map")
 
     @nn.compact
     def __call__(
@@ -340,8 +343,8 @@ class DeepLabV3Plus(DeepLabV3):
     The others are those of `DeepLabV3`.
     """
 
-    low_level: str = "stem"
-    low_width: int = 64
+    low_level: str = option("stem", "what stands in for the map of stride 4", choices=LOW_LEVELS)
+    low_width: int = option(64, "channels of that map", low=4, high=2**16)
 
     def _decode(self, x_BxhxwxC, maps, image_BxHxWx3, train: bool) -> jax.Array:
         if LOW_STRIDE in maps:

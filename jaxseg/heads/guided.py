@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jaxseg.nn.dense import Dense
 from jaxseg.heads.pac import stages
+from jaxseg.heads.solved import Solved
+from jaxseg.nn.dense import Dense
+from jaxseg.options import option
 
 
 def space_to_depth(x_BxHxWxC: jax.Array) -> jax.Array:
@@ -51,6 +53,10 @@ def standardise(features_BxhxwxC: jax.Array) -> jax.Array:
 def relative(standardised_BxhxwxC: jax.Array) -> jax.Array:
     """Tokens less the mean of their image: what differs within it, whatever the image is about."""
     return standardised_BxhxwxC - standardised_BxhxwxC.mean((1, 2), keepdims=True)
+
+
+def _prior_inputs(features_BxhxwxC: jax.Array) -> jax.Array:
+    return relative(standardise(features_BxhxwxC))
 
 
 class TokenContext(nn.Module):
@@ -93,15 +99,27 @@ class GuidedDecoder(nn.Module):
       dilations: of the context's convolutions.
       dropout: of feature channels, in training.
       guide_widths: channels at 1/2, 1/4, 1/8, ... of the image; the last one repeats.
-      prior: whether there is a linear prior; its parameters, `prior`, start at zero.
+      prior: penalty of the linear prior, 0 for none; its parameters, `prior`, start at zero.
     """
 
     outputs: int = 1
-    width: int = 96
+    width: int = option(96, "channels of the context", low=8, high=2**16, multiple=8)
     dilations: tuple[int, ...] = (1, 2, 4)
-    dropout: float = 0.1
-    guide_widths: tuple[int, ...] = (16, 32, 64)
-    prior: bool = False
+    dropout: float = option(0.1, "of feature channels", low=0, high=0.99)
+    guide_widths: tuple[int, ...] = option(
+        (16, 32, 64), "channels at 1/2, 1/4, ... of the image", low=1, whole=True, least=1
+    )
+    prior: float = option(
+        0.0,
+        "penalty of a linear classifier of frozen features, solved for first; 0 = none",
+        low=0,
+        high=1e3,
+    )
+
+    @property
+    def solved(self) -> Solved | None:
+        """The prior, where there is one."""
+        return Solved("prior", _prior_inputs, self.prior) if self.prior else None
 
     @nn.compact
     def __call__(

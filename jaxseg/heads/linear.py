@@ -1,5 +1,7 @@
 """Baselines without a guide: one 1x1 convolution on the features."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ class LinearProbe(nn.Module):
       resize: `nearest`, or `bilinear` for the smoother baseline, which is trained at full resolution.
       norm: batch norm before the convolution, as DINOv2 evaluates features (Oquab et al. 2023).
     """
+
+    coarse: ClassVar[bool] = True
 
     outputs: int = 1
     resize: str = "nearest"
@@ -41,3 +45,17 @@ class LinearProbe(nn.Module):
         if self.resize == "bilinear":
             return resize_bilinear(x, image_BxHxWx3.shape[1:3]), {}
         return resize_nearest(x, image_BxHxWx3.shape[1] // x.shape[1]), {"coarse": x}
+
+
+class BilinearProbe(LinearProbe):
+    """The probe with logits upsampled bilinearly, trained at full resolution."""
+
+    coarse: ClassVar[bool] = False
+
+    resize: str = "bilinear"
+
+
+class NormalizedProbe(BilinearProbe):
+    """The bilinear probe after batch norm."""
+
+    norm: bool = True

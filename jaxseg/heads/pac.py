@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxseg.nn.initializers import uniform_fan_in
 from jaxseg.ops.pac import Kernel, pac_conv_transpose, pac_upsample_nearest
 from jaxseg.ops.resize import resize_bilinear
+from jaxseg.options import option
 
 
 def stages(features_BxhxwxC: jax.Array, image_BxHxWx3: jax.Array) -> int:
@@ -106,8 +107,8 @@ class PacJointUpsample(nn.Module):
     """
 
     outputs: int = 1
-    channels: int = 32
-    guide_channels: int = 16
+    channels: int = option(32, "width of the features while they are upsampled", low=1, high=2**16)
+    guide_channels: int = option(16, "channels that the kernel compares", low=1, high=16)
     guide_width: int = 16
     normalized: bool = False
 

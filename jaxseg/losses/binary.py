@@ -6,14 +6,8 @@ first are an image's pixels), and returns one float32 value an image, shape `B`.
 gradients.
 """
 
-from collections.abc import Callable, Mapping
-
 import jax
 import jax.numpy as jnp
-import optax
-
-from jaxseg.losses.multiclass import lovasz_hinge
-from jaxseg.losses.weighted import weighted_sum
 
 
 def _pixels(logits, labels, valid) -> list[jax.Array]:
@@ -30,6 +24,8 @@ def _masked_mean(values_BxN: jax.Array, valid_BxN: jax.Array) -> jax.Array:
 
 def bce(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.Array:
     """Sigmoid binary cross-entropy in nats, the mean over an image's valid pixels."""
+    import optax  # here, see train/optim.py
+
     logits, labels, valid = _pixels(logits, labels, valid)
     return _masked_mean(optax.sigmoid_binary_cross_entropy(logits, labels), valid)
 
@@ -43,12 +39,15 @@ def focal(
     alpha: float = 0.25,
 ) -> jax.Array:
     """Focal loss, `-alpha_t (1 - p_t)^gamma log p_t` (Lin et al., ICCV 2017, eq. 5), mean of pixels."""
+    import optax  # here, see train/optim.py
+
     logits, labels, valid = _pixels(logits, labels, valid)
     values = optax.losses.sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=gamma)
     return _masked_mean(values, valid)
 
 
-def _overlap(logits, labels, valid):
+def overlap(logits, labels, valid) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(|PL|, |P|, |L|, whether there is a valid pixel) of each image, `B`; P are probabilities."""
     logits, labels, valid = _pixels(logits, labels, valid)
     inside = valid > 0
     probability = jnp.where(inside, jax.nn.sigmoid(logits), 0.0)
@@ -64,7 +63,7 @@ def dice(
 
     `smooth` is counted in pixels: it makes an image without foreground have the loss 0 at P = 0.
     """
-    both, predicted, true, any_valid = _overlap(logits, labels, valid)
+    both, predicted, true, any_valid = overlap(logits, labels, valid)
     loss = 1.0 - (2.0 * both + smooth) / (predicted + true + smooth)
     return jnp.where(any_valid, loss, 0.0)
 
@@ -73,22 +72,6 @@ def jaccard(
     logits: jax.Array, labels: jax.Array, valid: jax.Array, *, smooth: float = 1.0
 ) -> jax.Array:
     """Soft Jaccard (IoU) loss, `1 - (|PL| + s) / (|P| + |L| - |PL| + s)` (Rahman and Wang 2016)."""
-    both, predicted, true, any_valid = _overlap(logits, labels, valid)
+    both, predicted, true, any_valid = overlap(logits, labels, valid)
     loss = 1.0 - (both + smooth) / (predicted + true - both + smooth)
     return jnp.where(any_valid, loss, 0.0)
-
-
-BINARY: dict[str, Callable[..., jax.Array]] = {
-    "bce": bce,
-    "dice": dice,
-    "focal": focal,
-    "jaccard": jaccard,
-    "lovasz": lovasz_hinge,
-}
-
-
-def binary_loss(
-    logits: jax.Array, labels: jax.Array, valid: jax.Array, *, weights: Mapping[str, float]
-) -> jax.Array:
-    """The `weighted_sum` of `BINARY`."""
-    return weighted_sum(BINARY, weights, logits, labels, valid)

@@ -7,15 +7,12 @@ shape `B`. A pixel counts where `valid` holds and its label lies in 0..K-1, so a
 gives 0 with zero gradients.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-from jaxseg.losses.weighted import weighted_sum
 
 
 def _pixels(logits, labels, valid) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -202,42 +199,6 @@ def lovasz_hinge(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> jax.
     logits = jnp.asarray(logits, jnp.float32).reshape(batch, -1)
     logits = jnp.where(inside, logits, 0.0)
     return _lovasz(1.0 - jnp.where(foreground, logits, -logits), foreground, inside)
-
-
-MULTICLASS: dict[str, Callable[..., jax.Array]] = {
-    "cross_entropy": cross_entropy,
-    "dice": dice,
-    "focal": focal,
-    "hard_pixels": hard_pixels,
-    "lovasz_softmax": lovasz_softmax,
-}
-_OPTIONS = {
-    "cross_entropy": ("class_weights", "label_smoothing"),
-    "focal": ("class_weights",),
-    "hard_pixels": ("class_weights", "label_smoothing"),
-}
-
-
-def multiclass_loss(
-    logits: jax.Array,
-    labels: jax.Array,
-    valid: jax.Array,
-    *,
-    weights: Mapping[str, float],
-    class_weights: jax.Array | None = None,
-    label_smoothing: float = 0.0,
-) -> jax.Array:
-    """The `weighted_sum` of `MULTICLASS`.
-
-    `class_weights` `K` reach cross_entropy, focal and hard_pixels, `label_smoothing` the first and
-    the last of these; the overlap losses weigh classes equally by themselves.
-    """
-    given = {"class_weights": class_weights, "label_smoothing": label_smoothing}
-    losses = {
-        name: functools.partial(loss, **{key: given[key] for key in _OPTIONS.get(name, ())})
-        for name, loss in MULTICLASS.items()
-    }
-    return weighted_sum(losses, weights, logits, labels, valid)
 
 
 def _median_frequency(counts_NxK: np.ndarray) -> np.ndarray:

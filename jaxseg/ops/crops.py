@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxseg.ops import geometry
 
 _ATTEMPTS = 10
 _BOX = 2 * _ATTEMPTS + 2  # how many random numbers a box takes
@@ -274,6 +276,37 @@ def draw_view(key: jax.Array, image: jax.Array, extent: jax.Array, view: View) -
     """
     numbers = jax.random.uniform(key, (_BOX + _LOOK,))
     return _outer(_draw(numbers, _inner(_to_float(image)), extent, view))
+
+
+def draw_fields(
+    key: jax.Array, fields: Mapping[str, jax.Array], extent: jax.Array, view: View
+) -> dict[str, jax.Array]:
+    """`draw_view` of an example's image, and its other fields in the same crop.
+
+    They follow their geometry (`geometry.FIELDS`): masks and instances are resampled to the nearest pixel,
+    as [size, size], and boxes are clipped to the crop.
+    """
+    numbers = jax.random.uniform(key, (_BOX + _LOOK,))
+    top, left, height, width = _crop_box(numbers[:_BOX], extent, view.scale, view.ratio)
+    flip = _happens(view.flip, numbers[_BOX])
+    size = (view.size, view.size)
+    scale = (view.size / height, view.size / width)
+    middles = jnp.arange(view.size) + 0.5
+    rows = top + jnp.floor(middles / scale[0]).astype(jnp.int32)
+    columns = left + jnp.floor(middles / scale[1]).astype(jnp.int32)
+
+    def cropped(name, value):
+        kind = geometry.field(name).geometry
+        if kind == "bilinear":
+            return draw_view(key, value, extent, view)
+        if kind == "nearest":
+            value = value[rows][:, columns]
+        if kind == "boxes":
+            shift = (-top * scale[0], -left * scale[1])
+            value = geometry.move_boxes(value, scale, shift, size, jnp)
+        return jnp.where(flip, geometry.flip(name, value, size, jnp), value) if kind else value
+
+    return {name: cropped(name, value) for name, value in fields.items()}
 
 
 def draw_views(

@@ -1,15 +1,17 @@
-"""Augmentation on the device: one random transform for an image and its mask.
+"""Augmentation on the device: one random transform for an image and what belongs to it.
 
 All geometry is one affine map per example, so flip, scale and crop cost one resampling together.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-VOID = 255
+from jaxseg.ops import geometry
+from jaxseg.options import OptionError, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +26,16 @@ class Augmentation:
       brightness, contrast, saturation: largest relative change, each drawn from U(1 - x, 1 + x).
     """
 
-    flip: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
+    flip: float = option(0.0, "probability", low=0, high=1)
+    scale: tuple[float, float] = option((1.0, 1.0), "(low, high) of the zoom", length=2, low=0)
+    brightness: float = option(0.0, "largest relative change", low=0, high=1)
+    contrast: float = option(0.0, low=0, high=1)
+    saturation: float = option(0.0, low=0, high=1)
+
+    def __post_init__(self):
+        low, high = self.scale
+        if not 0 < low <= high:
+            raise OptionError(f"scale is ({low}, {high}); allowed: 0 < low <= high")
 
     def __call__(
         self, rng: jax.Array, image_BxHxWx3: jax.Array, mask_BxHxW: jax.Array
@@ -37,20 +44,31 @@ class Augmentation:
 
         The masks are resampled to the nearest pixel, the images bilinearly.
         """
-        keys = jax.random.split(rng, image_BxHxWx3.shape[0])
-        return jax.vmap(self._one)(keys, image_BxHxWx3, mask_BxHxW)
+        changed = self.examples(rng, {"image": image_BxHxWx3, "mask": mask_BxHxW})
+        return changed["image"], changed["mask"]
 
-    def _one(self, key, image, mask):
+    def examples(self, rng: jax.Array, fields: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Transforms the fields of B examples, each by its geometry (`geometry.FIELDS`).
+
+        The image is float [B, H, W, 3] in [0, 1]. Shapes and dtypes stay.
+        """
+        keys = jax.random.split(rng, fields["image"].shape[0])
+        return jax.vmap(self._one)(keys, dict(fields))
+
+    def _one(self, key, fields):
         key_flip, key_scale, key_y, key_x, key_colour = jax.random.split(key, 5)
         if tuple(self.scale) != (1.0, 1.0):
             low, high = jnp.log(jnp.asarray(self.scale, jnp.float32))
             zoom = jnp.exp(jax.random.uniform(key_scale, minval=low, maxval=high))
-            image, mask = _zoom(image, mask, zoom, key_y, key_x)
+            fields = _zoom(fields, zoom, key_y, key_x)
         if self.flip:
             mirrored = jax.random.bernoulli(key_flip, self.flip)
-            image = jnp.where(mirrored, image[:, ::-1], image)
-            mask = jnp.where(mirrored, mask[:, ::-1], mask)
-        return self._colour(key_colour, image), mask
+            size = fields["image"].shape[:2]
+            for name, value in fields.items():
+                if geometry.field(name).geometry:
+                    flipped = geometry.flip(name, value, size, jnp)
+                    fields = {**fields, name: jnp.where(mirrored, flipped, value)}
+        return {**fields, "image": self._colour(key_colour, fields["image"])}
 
     def _colour(self, key, image):
         factors = jax.random.uniform(key, (3,), minval=-1.0, maxval=1.0)
@@ -66,16 +84,17 @@ class Augmentation:
         return jnp.clip(image, 0.0, 1.0)
 
 
-def _zoom(image_HxWx3, mask_HxW, zoom, key_y, key_x):
+def _zoom(fields, zoom, key_y, key_x):
     """Enlarges by `zoom` and moves at random, such that as much of the image as fits is seen."""
 
-    def source(size: int, key) -> jax.Array:
+    def source(size: int, key) -> tuple[jax.Array, jax.Array]:
         # Output pixel i shows source coordinate (i + 0.5) / zoom + offset - 0.5.
         offset = jax.random.uniform(key) * (size - size / zoom)
-        return (jnp.arange(size) + 0.5) / zoom + offset - 0.5
+        return (jnp.arange(size) + 0.5) / zoom + offset - 0.5, offset
 
-    height, width = mask_HxW.shape
-    grid = jnp.meshgrid(source(height, key_y), source(width, key_x), indexing="ij")
+    height, width = fields["image"].shape[:2]
+    (rows, top), (columns, left) = source(height, key_y), source(width, key_x)
+    grid = jnp.meshgrid(rows, columns, indexing="ij")
     inside = (
         (grid[0] > -0.5) & (grid[0] < height - 0.5) & (grid[1] > -0.5) & (grid[1] < width - 0.5)
     )
@@ -83,6 +102,20 @@ def _zoom(image_HxWx3, mask_HxW, zoom, key_y, key_x):
     def sample(channel, order):
         return map_coordinates(channel, grid, order=order, mode="nearest")
 
-    image = jnp.stack([sample(image_HxWx3[..., c], 1) for c in range(3)], -1)
-    mask = sample(mask_HxW.astype(jnp.float32), 0).astype(mask_HxW.dtype)
-    return jnp.where(inside[..., None], image, 0.0), jnp.where(inside, mask, VOID)
+    def moved(field, value):
+        if field.geometry == "bilinear":
+            return jnp.stack([sample(value[..., c], 1) for c in range(value.shape[-1])], -1)
+        if field.geometry == "nearest":
+            return sample(value.astype(jnp.float32), 0).astype(value.dtype)
+        if field.geometry == "boxes":
+            shift = (-top * zoom, -left * zoom)
+            return geometry.move_boxes(value, (zoom, zoom), shift, (height, width), jnp)
+        return value
+
+    def padded(field, value):
+        if field.geometry == "bilinear":
+            return jnp.where(inside[..., None], value, float(field.padding))
+        return jnp.where(inside, value, field.padding) if field.geometry == "nearest" else value
+
+    found = {name: moved(geometry.field(name), value) for name, value in fields.items()}
+    return {name: padded(geometry.field(name), value) for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""What the pictures of the analysis share. Figures are objects of their own: no pyplot state."""
+"""What all pictures share. Figures are objects of their own: no pyplot state, no screen needed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,48 +68,6 @@ def save(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
-
-
-def plot_confusion(
-    labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], path: str | Path
-) -> None:
-    """The share of each class (row) that was predicted as each class (column), in per cent.
-
-    Args:
-      labels, predictions: int [N], indices into `names`.
-      names: of the classes; numbers are written in up to 20 of them.
-      path: of the PNG.
-
-    Raises:
-      ValueError: lengths differ, or a label has no name.
-    """
-    share = 100 * confusion(labels, predictions, classes=len(names))
-    side = min(14.0, 2.2 + 0.5 * len(names))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    axis.set(xlabel="predicted as, % of the class", ylabel="class")
-    if len(names) <= 20:
-        ticks = [written(name) for name in names]
-        axis.set_xticks(range(len(names)), ticks, rotation=90)
-        axis.set_yticks(range(len(names)), ticks)
-        for (row, column), value in np.ndenumerate(share):
-            color = "white" if value > 60 else PLAIN
-            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, size=8)
-    axis.set_title(f"accuracy {np.mean(np.equal(labels, predictions)):.3f}")
-    save(figure, path)
-
-
-def confusion(labels: np.ndarray, predictions: np.ndarray, *, classes: int) -> np.ndarray:
-    """Float [classes, classes]: share of the class of each row that was predicted as each column."""
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
-    if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
-        raise ValueError(f"{labels.shape} labels and {predictions.shape} predictions: need two [N]")
-    if min(labels.min(), predictions.min()) < 0 or max(labels.max(), predictions.max()) >= classes:
-        raise ValueError(f"labels and predictions must be in 0 to {classes - 1}")
-    counts = np.bincount(labels * classes + predictions, minlength=classes**2)
-    counts = counts.reshape(classes, classes)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def plot_lines(

@@ -7,53 +7,75 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
-from jaxseg.backbones import initial_statistics
-from jaxseg.networks.segmenter import normalize
+from jaxseg.backbones import contract
+from jaxseg.backbones.backbone import Backbone
+from jaxseg.nn.normalize import normalize
 from jaxseg.ops.crops import View, center_crops, draw_views, example_keys
+from jaxseg.options import option, options
+from jaxseg.tasks.base import Facts, Parts, by_bind
+from jaxseg.tasks.pretext import Look, PretextTask
 
 ROTATIONS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class RotationTask:
+class RotationViews(Look):
+    """How an image is cropped before it is turned."""
+
+    size: int = option(224, low=8, high=4096)
+    scale: tuple[float, float] = option((0.4, 1.0), "share of the image's area", length=2)
+
+    def __post_init__(self):
+        self.check_scales()
+
+    def crop(self) -> View:
+        """The crop."""
+        return View(self.size, tuple(self.scale), **self.shared())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotation(PretextTask):
     """Trains a backbone and a linear layer to tell rotations by 0, 90, 180 and 270 degrees.
 
-    All four rotations of a crop are in the same batch. Parameters are `{"backbone", "head"}`; the extra
-    state holds the running statistics where the backbone has batch norm.
-
-    Attributes:
-      backbone: gives `cls` [B, D] of normalised images.
-      view: how an image is cropped before it is turned.
-      normalization: a key of `segmenter.NORMALIZATIONS`.
-      statistics: running ones that the backbone starts from; empty for fresh ones.
-
-    Batches are those of `DinoTask`.
+    All four rotations of a crop are in the same batch. The extra state holds the running statistics where
+    the backbone has batch norm.
     """
 
-    backbone: nn.Module
-    view: View
-    normalization: str
-    head: nn.Module = nn.Dense(ROTATIONS)
-    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    backbone: Backbone
+    views: RotationViews = RotationViews()
+    facts: Facts | None = by_bind(None)
+    steps: int = by_bind(0)
+    batch: int = by_bind(0)
+
+    @classmethod
+    def sections(cls) -> dict[str, Any]:
+        return {"views": options(RotationViews)}
+
+    @classmethod
+    def from_options(cls, parts: Parts, *, views: Mapping[str, Any]) -> "Rotation":
+        return cls(parts.backbone(), RotationViews(**views))
+
+    @property
+    def head(self) -> nn.Module:
+        """From features to one logit a rotation."""
+        return nn.Dense(ROTATIONS)
+
+    def _crop_size(self) -> int:
+        return self.views.size
+
+    def learns_batch_norm(self) -> bool:
+        return bool(jax.tree.leaves(self._statistics()))
 
     def init(self, rng: jax.Array) -> Mapping[str, Any]:
         """Initialises `{"backbone": ..., "head": ...}`."""
         keys = jax.random.split(rng)
-        out, variables = self.backbone.init_with_output(keys[0], self._example())
-        return {
-            "backbone": variables["params"],
-            "head": self.head.init(keys[1], out["cls"])["params"],
-        }
+        out, backbone = self._init_backbone(keys[0])
+        return {"backbone": backbone, "head": self.head.init(keys[1], out["cls"])["params"]}
 
     def init_extra(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The running statistics."""
-        fresh = initial_statistics(self.backbone, self._example())
-        return {"statistics": self.statistics or fresh}
-
-    def _example(self) -> jax.Array:
-        return jnp.zeros((1, self.view.size, self.view.size, 3))
+        return {"statistics": self._statistics()}
 
     def loss(
         self,
@@ -69,21 +91,25 @@ class RotationTask:
 
         In evaluation the crop is the central square, and batch norm uses its running statistics.
         """
+        import optax  # here, see train/optim.py
+
         keys = example_keys(rng, batch["row"])
         extent = jnp.maximum(batch["extent"], 1)  # 0 in padding, where it would make NaN
         if train:
-            (view,) = draw_views(keys[:, 0], batch["image"], extent, [self.view])
+            (view,) = draw_views(keys[:, 0], batch["image"], extent, [self.views.crop()])
         else:
-            view = center_crops(batch["image"], extent, (self.view.size, self.view.size))
+            view = center_crops(batch["image"], extent, (self.views.size, self.views.size))
         turned = jnp.concatenate([jnp.rot90(view, k, axes=(1, 2)) for k in range(ROTATIONS)])
         fold = jax.vmap(jax.random.fold_in, (0, None))
         drop_keys = jnp.concatenate([fold(keys[:, 1], k) for k in range(ROTATIONS)])
-        out, changed = self.backbone.apply(
+        out, changed = contract.apply(
+            self.module,
             {"params": params["backbone"], "batch_stats": extra["statistics"]},
-            normalize(turned, self.normalization),
+            normalize(turned, self.backbone.normalization),
             drop_keys_B=drop_keys if train else None,
             train=train,
             mutable=["batch_stats"],
+            rngs=self._noise(rng, batch) if train else None,
         )
         logits = self.head.apply({"params": params["head"]}, out["cls"])
         logits = logits.reshape(ROTATIONS, -1, ROTATIONS)
@@ -106,5 +132,5 @@ class RotationTask:
     def backbone_variables(
         self, params: Mapping[str, Any], extra: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What `backbone.apply` takes, of the network to be judged."""
+        """The network's."""
         return {"params": params["backbone"], "batch_stats": extra["statistics"]}

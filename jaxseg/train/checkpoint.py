@@ -16,10 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from jaxseg.checksums import CheckpointError, first_line, verified, with_checksums
+from jaxseg.quiet import Quiet
+
+with Quiet():
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +95,14 @@ class Checkpointer:
             force=True,
         )
 
-    def restore(self, like: Any, *, which: str = "latest") -> tuple[Any, int] | None:
+    def restore(
+        self, like: Any, *, which: str = "latest", whole: bool = True
+    ) -> tuple[Any, int] | None:
         """Restores the newest checkpoint that can be read, or None where there is none at all.
 
         Args:
           like: a state of the wanted structure, shapes and shardings.
+          whole: whether that is all that was saved; else what else there is is not read.
           which: `latest` or `best` (by `best_metric`; the latest where it was not measured).
 
         Raises:
@@ -110,8 +116,7 @@ class Checkpointer:
         for step in steps:
             path = self._folder / str(step)
             try:
-                args = ocp.args.StandardRestore(_abstract(like))
-                state = verified(path, self._manager.restore(step, args=args))
+                state = verified(path, self._read(step, _abstract(like), whole))
             except Exception as error:  # Orbax and TensorStore raise many kinds here.
                 log.warning(
                     "checkpoint %s cannot be read (%s): trying the one before",
@@ -131,6 +136,20 @@ class Checkpointer:
                 "damaged or belong to another model. Remove the folder to start over."
             )
         return None
+
+    def _read(self, step: int, like: Any, whole: bool) -> Any:
+        if whole:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        arguments = ocp.args.PyTreeRestore(
+            item=like,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(self._folder / str(step) / "default", args=arguments)
+        if missing := [x for x in jax.tree.leaves(found) if not isinstance(x, jax.Array)]:
+            raise ValueError(f"{len(missing)} arrays of the model are not in it")
+        return found
 
     def _set_aside(self, damaged: list[Path]) -> None:
         """Renames damaged checkpoints, so that the run can save at those steps again."""

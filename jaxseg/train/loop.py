@@ -7,21 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxseg.tasks import Task
+from jaxseg.options import option
 from jaxseg.train import partition
-from jaxseg.train.checkpoint import Checkpointer
 from jaxseg.train.speed import matmul_rate, product_flops
-from jaxseg.train.state import TrainState, merge_params
+from jaxseg.train.state import ScoredState, TrainState, merge_params
+from jaxseg.train.task import Learned
 from jaxseg.train.writers import MetricWriter, Progress
+
+if TYPE_CHECKING:
+    import optax
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +33,18 @@ class NonFiniteLossError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """When things happen, in steps; 0 means never (besides at the end).
+class Intervals:
+    """When things happen in a run, in steps; 0 means never (besides at the end)."""
 
-    Attributes:
-      steps: length of the run.
-      log_every, eval_every, checkpoint_every: intervals.
-      average: decay of the parameters' moving average, 0 for none.
-      evaluate_first: whether the untrained state is evaluated too, as step 0.
-    """
-
-    steps: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
-    average: float = 0.0
-    evaluate_first: bool = False
+    log_every: int = option(20, low=1, high=2**31 - 1, free=True)
+    eval_every: int = option(
+        0,
+        "on the val split, if there is one; picks the best checkpoint",
+        low=0,
+        high=2**31 - 1,
+        free=True,
+    )
+    checkpoint_every: int = option(200, low=0, high=2**31 - 1, free=True)
 
 
 class Interrupted(Exception):
@@ -81,9 +79,9 @@ class StopSignal:
 
 
 def make_state(
-    task: Task,
+    task: Learned,
     params: Mapping[str, Any],
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     average: float = 0.0,
 ) -> TrainState:
     """The state before the first step."""
@@ -93,14 +91,20 @@ def make_state(
     return TrainState(jnp.zeros((), jnp.int32), params, copy, extra, optimizer.init(params))
 
 
+def scored_state(task: Learned, params: Mapping[str, Any], average: float = 0.0) -> ScoredState:
+    """What evaluation reads of the state of a run."""
+    copy = params if average else None
+    return ScoredState(jnp.zeros((), jnp.int32), params, copy, task.init_extra(params))
+
+
 def _parts(batch: Mapping[str, jax.Array], count: int) -> Mapping[str, jax.Array]:
     """[B, ...] to [count, B / count, ...]; strided, so that each part lies on all devices."""
     return {k: jnp.swapaxes(v.reshape(-1, count, *v.shape[1:]), 0, 1) for k, v in batch.items()}
 
 
 def make_train_step(
-    task: Task,
-    optimizer: optax.GradientTransformation,
+    task: Learned,
+    optimizer: "optax.GradientTransformation",
     *,
     seed: int,
     average: float = 0.0,
@@ -112,6 +116,7 @@ def make_train_step(
     gradient and statistics are averaged, weighted by the parts' valid examples. That is the step of
     the whole batch, but that batch norm sees one part at a time, and a task may draw its noise by part.
     """
+    import optax  # here, see train/optim.py
 
     def step(state: TrainState, frozen, batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -187,8 +192,11 @@ class Trainer:
     Attributes:
       task: what is learned.
       optimizer: over the trained parameters.
-      learning_rate: by step, for the log.
-      schedule: length and intervals.
+      learning_rate: by step, for the log; None where nobody knows.
+      steps: length of the run.
+      intervals: when things happen.
+      average: decay of the parameters' moving average, 0 for none.
+      evaluate_first: whether the untrained state is evaluated too, as step 0.
       mesh, layout: see `partition`.
       batches: `batches(start, stop)` gives this process's share of the batches of those steps.
       batch_size: images in a global batch, for the images/s.
@@ -202,10 +210,11 @@ class Trainer:
         convolutions over that of one large product in this precision, measured at the start; "" not to.
     """
 
-    task: Task
-    optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    schedule: Schedule
+    task: Learned
+    optimizer: "optax.GradientTransformation"
+    learning_rate: "optax.Schedule | None"
+    steps: int
+    intervals: Intervals
     mesh: Mesh
     layout: str
     batches: Callable[[int, int], Iterator[Mapping[str, np.ndarray]]]
@@ -217,6 +226,8 @@ class Trainer:
     accumulate: int = 1
     watch: Callable[[int, Mapping[str, float]], Mapping[str, Any]] | None = None
     precision: str = ""
+    average: float = 0.0
+    evaluate_first: bool = False
 
     def run(self, params: Mapping[str, Any], frozen: Mapping[str, Any]) -> TrainState:
         """Runs all steps that are left.
@@ -232,7 +243,10 @@ class Trainer:
           NonFiniteLossError: naming the step and the last good checkpoint.
           Interrupted: after SIGTERM, once the state is saved.
         """
-        state = make_state(self.task, params, self.optimizer, self.schedule.average)
+        # Here, with Orbax: it takes long, and the command needs this module for its help.
+        from jaxseg.train.checkpoint import Checkpointer
+
+        state = make_state(self.task, params, self.optimizer, self.average)
         shardings = partition.tree_sharding(self.mesh, state, self.layout)
         state = partition.put_tree(state, shardings)
         self._checkpointer = Checkpointer(self.workdir, best_metric=self.best_metric)
@@ -240,23 +254,21 @@ class Trainer:
         try:
             restored = self._checkpointer.restore(state)
             state, start = restored or (state, 0)
-            if 0 < start < self.schedule.steps:
-                log.info("resuming at step %d of %d", start, self.schedule.steps)
+            if 0 < start < self.steps:
+                log.info("resuming at step %d of %d", start, self.steps)
             self._writer = MetricWriter(self.workdir, start_step=start if restored else -1)
-            self._progress = Progress(
-                "train", self.schedule.steps, start=start, unit_images=self.batch_size
-            )
-            if self.evaluate and self.schedule.evaluate_first and not restored:
+            self._progress = Progress("train", self.steps, start=start, unit_images=self.batch_size)
+            if self.evaluate and self.evaluate_first and not restored:
                 self._evaluate(0, state)
             step_fn = make_train_step(
                 self.task,
                 self.optimizer,
                 seed=self.seed,
-                average=self.schedule.average,
+                average=self.average,
                 accumulate=self.accumulate,
             )
             step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
-            if start < self.schedule.steps:
+            if start < self.steps:
                 state = self._steps(step_fn, state, frozen, start)
             self._checkpointer.wait()
             self._progress.close()
@@ -268,7 +280,7 @@ class Trainer:
     def _steps(self, step_fn, state: TrainState, frozen, start: int) -> TrainState:
         self._share_of_peak = None  # of a rate of one image/s
         with StopSignal() as stop:
-            for step, batch in enumerate(self.batches(start, self.schedule.steps), start + 1):
+            for step, batch in enumerate(self.batches(start, self.steps), start + 1):
                 batch = partition.put_batch(self.mesh, batch)
                 if self.precision and self._share_of_peak is None:
                     work = product_flops(step_fn, state, frozen, batch) / self.batch_size
@@ -281,14 +293,14 @@ class Trainer:
         return state
 
     def _after_step(self, step: int, state: TrainState, scalars, *, stopping: bool) -> None:
-        last = step == self.schedule.steps
+        last = step == self.steps
 
         def due(every: int) -> bool:
             return bool(every) and (step % every == 0 or last)
 
-        evaluating = self.evaluate is not None and due(self.schedule.eval_every)
-        saving = last or stopping or evaluating or due(self.schedule.checkpoint_every)
-        logging_now = step == 1 or due(self.schedule.log_every)
+        evaluating = self.evaluate is not None and due(self.intervals.eval_every)
+        saving = last or stopping or evaluating or due(self.intervals.checkpoint_every)
+        logging_now = step == 1 or due(self.intervals.log_every)
         if saving or logging_now:
             self._pending.check(self._checkpointer.steps())
         if logging_now:
@@ -312,7 +324,8 @@ class Trainer:
     def _log(self, step: int, scalars: Mapping[str, np.ndarray]) -> None:
         self._progress.update(step, f"loss {scalars['loss']:.4f}")
         values = {k: float(v) for k, v in scalars.items()}
-        values["learning_rate"] = float(self.learning_rate(step - 1))
+        if self.learning_rate is not None:
+            values["learning_rate"] = float(self.learning_rate(step - 1))
         if rate := self._progress.images_per_second:
             values["images_per_second"] = round(rate, 2)
             if self._share_of_peak:

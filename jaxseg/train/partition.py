@@ -75,3 +75,9 @@ def put_tree(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(leaf, tree, shardings)
+
+
+def gather(mesh: Mesh, tree: Any) -> Any:
+    """Host copies of a tree that is on the mesh, whole on every process."""
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    return jax.device_get(whole(tree))

@@ -33,6 +33,20 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.average is None else self.average
 
 
+class ScoredState(flax.struct.PyTreeNode):
+    """What evaluation reads of a `TrainState`: all but the optimiser's state."""
+
+    step: jax.Array
+    params: Params
+    average: Params | None
+    extra: Any
+
+    @property
+    def best_params(self) -> Params:
+        """As in `TrainState`."""
+        return self.params if self.average is None else self.average
+
+
 def split_params(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
     """Splits a tree into (trained, frozen): frozen are the paths that begin with one of `frozen`.
 

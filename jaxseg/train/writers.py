@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from jaxseg.files import replacing
 
@@ -45,6 +43,8 @@ class MetricWriter:
         self._file = self._board = None
         if jax.process_index() != 0:
             return
+        from tensorboardX import SummaryWriter
+
         path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
         with replacing(path) as temporary:
@@ -79,6 +79,8 @@ class Progress:
         self._bar = None
         self._silent = jax.process_index() != 0
         if not self._silent and sys.stderr.isatty():
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 total=total, initial=start, desc=label, unit="step", dynamic_ncols=True
             )

@@ -7,8 +7,6 @@ import os
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
 _DINO = "https://dl.fbaipublicfiles.com/dino"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 
@@ -107,6 +105,8 @@ def fetch(name: str, *, cache_dir: str | Path | None = None) -> Path:
 
 def _download(url: str, path: Path) -> str:
     """Streams `url` into `path` with a progress bar and returns its sha256."""
+    from tqdm import tqdm
+
     digest = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=60) as response, path.open("wb") as file:
         total = int(response.headers.get("Content-Length") or 0)

@@ -5,48 +5,80 @@
 Everything is drawn: no file, no network. Example i follows from (seed, split, i) alone.
 """
 
+import dataclasses
 import math
 import threading
+from typing import ClassVar
 
 import numpy as np
 
 from jaxseg.data.drawn import forms
 from jaxseg.data.drawn.draw import Canvas, Pose, draw_skin
+from jaxseg.data.format import Format
+from jaxseg.data.image_files import DataError
+from jaxseg.options import option
 
 KINDS = ("fish", *dict.fromkeys(form.__name__ for form in forms.DISTRACTORS))
 LENGTHS = {"train": 2000, "val": 200, "test": 300}
 CATEGORIES = ("fish",)
+SIZE = (128, 128)  # (height, width), unless another is asked for
 MEMORY = 512 * 2**20  # bytes of drawn examples that one source keeps
 
 
-class Shapes:
+@dataclasses.dataclass(eq=False)
+class Shapes(Format):
     """A source of drawn images with exact masks of the fish in them.
 
     `source[i]` is a dict of image (uint8 HxWx3), mask (uint8 HxW, 1 where a fish is on top),
-    category (0) and name. `size` is (height, width). Raises ValueError for an unknown split or
-    category, a size below 32 or a negative length, and IndexError beyond the end.
+    category (0) and name.
+
+    Args:
+      root: empty.
+      part: "train", "val" or "test".
+      size: (height, width) of the images; (0, 0) for 128x128.
+      categories: empty, or some of `all_categories`, which changes nothing.
+      length: how many there are in "train"; 0 for 2000.
+      seed: of what is drawn.
+
+    Raises:
+      DataError: a root, an unknown split or category, a size below 32 or a negative length.
+      IndexError: when asked for an example beyond the end.
     """
+
+    categories: tuple[str, ...] = option((), "names; empty = all", open=True)
+    length: int = option(0, "how many are drawn for training; 0 = 2000", low=0, open=True)
+    seed: int = 0
 
     all_categories = CATEGORIES
 
-    def __init__(self, split: str, *, seed: int = 0, size: tuple[int, int] = (128, 128),
-                 length: int | None = None, categories: tuple[str, ...] = ()):  # fmt: skip
-        if split not in LENGTHS:
-            raise ValueError(f"unknown split {split!r} of shapes; allowed: {', '.join(LENGTHS)}")
-        for name in categories:
+    gives: ClassVar[frozenset[str]] = frozenset({"binary", "images"})
+    drawn: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if str(self.root):
+            raise DataError(
+                f"data.root is {str(self.root)!r}, but these data draw their own images "
+                f"({type(self).__name__.lower()}); to read images from there name another format"
+            )
+        if self.part not in LENGTHS:
+            raise DataError(f"unknown split {self.part!r} of shapes; allowed: {', '.join(LENGTHS)}")
+        for name in self.categories:
             if name not in self.all_categories:
-                raise ValueError(
+                raise DataError(
                     f"unknown category {name!r} of shapes; allowed: {', '.join(self.all_categories)}"
                 )
-        size = tuple(int(n) for n in size)
+        size = tuple(int(n) for n in self.size)
+        size = SIZE if size == (0, 0) else size
         if len(size) != 2 or min(size) < 32:
-            raise ValueError(f"size of shapes is {size}; allowed: (height, width), both >= 32")
-        length = LENGTHS[split] if length is None else length
-        if length < 0 or seed < 0:
-            raise ValueError(f"length {length}, seed {seed} of shapes; allowed: both >= 0")
-        self.split, self.seed, self.size = split, seed, size
+            raise DataError(f"size of shapes is {size}; allowed: (height, width), both >= 32")
+        length = (self.part == "train" and self.length) or LENGTHS[self.part]
+        if self.length < 0 or self.seed < 0:
+            raise DataError(
+                f"length {self.length or length}, seed {self.seed} of shapes; allowed: both >= 0"
+            )
         self.categories = self.all_categories
-        self._length = length
+        self._drawn_size, self._length = size, length
         self._room = MEMORY // (4 * math.prod(size))
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -57,22 +89,26 @@ class Shapes:
     def __getitem__(self, index: int) -> dict:
         index = int(index)
         if not -self._length <= index < self._length:
-            raise IndexError(f"example {index} of {self._length} in shapes/{self.split}")
+            raise IndexError(f"example {index} of {self._length} in shapes/{self.part}")
         index %= self._length
         drawn = self._kept.get(index)
         if drawn is None:
-            key = (self.seed, list(LENGTHS).index(self.split), index)
+            key = (self.seed, list(LENGTHS).index(self.part), index)
             drawn = self._draw(index, forms.Dice(*key))
             with self._lock:
                 if len(self._kept) < self._room:
                     self._kept[index] = drawn
         image, mask = drawn
-        name = f"{self.split}-{index:05d}"
+        name = f"{self.part}-{index:05d}"
         category = self._category(index)
         return {"image": image.copy(), "mask": mask.copy(), "category": category, "name": name}
 
+    def sizes(self) -> list[tuple[int, int]]:
+        """Every (height, width); nothing is drawn for it."""
+        return [self._drawn_size] * len(self)
+
     def _draw(self, index: int, dice: forms.Dice) -> tuple[np.ndarray, np.ndarray]:
-        image, kinds = draw_scene(dice, self.size)
+        image, kinds = draw_scene(dice, self._drawn_size)
         return image, (kinds == 1 + KINDS.index("fish")).astype(np.uint8)
 
     def _category(self, index: int) -> int:
@@ -92,10 +128,11 @@ class Scenes(Shapes):
     """
 
     all_categories = ("all",)
-    mask_names = ("background", *KINDS)
+    gives: ClassVar[frozenset[str]] = frozenset({"classes"})
+    names = ("background", *KINDS)
 
     def _draw(self, index: int, dice: forms.Dice) -> tuple[np.ndarray, np.ndarray]:
-        return draw_scene(dice, self.size)
+        return draw_scene(dice, self._drawn_size)
 
 
 class Kinds(Shapes):
@@ -114,7 +151,7 @@ class Kinds(Shapes):
         return example | {"name": f"{KINDS[example['category']]}/{example['name']}"}
 
     def _draw(self, index: int, dice: forms.Dice) -> tuple[np.ndarray, np.ndarray]:
-        return draw_kind(dice, self.size, KINDS[self._category(index)])
+        return draw_kind(dice, self._drawn_size, KINDS[self._category(index)])
 
     def _category(self, index: int) -> int:
         return index % len(KINDS)

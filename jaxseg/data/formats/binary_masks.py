@@ -1,5 +1,6 @@
 """Images and masks in folders."""
 
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -7,8 +8,9 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+from jaxseg.data.format import Format
 from jaxseg.data.image_files import (
     SUFFIXES,
     DataError,
@@ -19,6 +21,7 @@ from jaxseg.data.image_files import (
     read_pair,
     to_values,
 )
+from jaxseg.options import option
 
 _LOG = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -37,7 +40,8 @@ class Pair(NamedTuple):
     category: int
 
 
-class Folder:
+@dataclasses.dataclass(eq=False)
+class BinaryMasks(Format):
     """Pairs of image and binary mask, read from one of three layouts.
 
       1. `root/{train,val,test}/<category>/images` and `.../annotations` (or `masks`)
@@ -50,9 +54,9 @@ class Folder:
 
     Args:
       root: the folder.
-      split: "train", "val" or "test".
-      categories: those to read in layout 1; empty for all.
-      mask_values, mask_threshold: how masks are read, see `images.read_mask`.
+      part: "train", "val" or "test".
+      categories: those to read in layout 1; empty for all. Afterwards, those that are read.
+      mask_values, mask_threshold: how masks are read, see `image_files.read_mask`.
 
     Raises:
       DataError: if a folder is missing or empty, a split or category is unknown, or an image has no
@@ -60,22 +64,33 @@ class Folder:
         size, `__getitem__` unreadable ones.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        categories: Sequence[str] = (),
-        mask_values: str = "auto",
-        mask_threshold: int | None = None,
-    ):
-        if not str(root):
+    categories: tuple[str, ...] = option((), "names; empty = all", open=True)
+    mask_values: str = option(
+        "auto",
+        "what masks hold: 0/255, 0/1 (255 = void), or auto: 0/1 if a mask has a 1",
+        choices=("auto", "0/255", "0/1"),
+        open=True,
+    )
+    mask_threshold: int = option(
+        0,
+        "foreground is every value from here, for soft masks; 0 = off",
+        low=0,
+        high=65535,
+        open=True,
+    )
+
+    gives: ClassVar[frozenset[str]] = frozenset({"binary", "images"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        split, categories = self.part, self.categories
+        if not str(self.root):
             raise DataError("data.root is empty: name the folder that holds the images and masks")
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
-        self._root = root = Path(root).expanduser()
+        self._root = root = Path(self.root).expanduser()
         found = _subfolders(root)
-        self._mask_options = {"values": mask_values, "threshold": mask_threshold}
+        self._threshold = self.mask_threshold or None
         self._sizes: list[tuple[int, int]] | None = None
         if "images" in found and not set(SPLITS) & set(found):
             self.categories = _chosen(["object"], categories, root)
@@ -104,15 +119,15 @@ class Folder:
     def __getitem__(self, index: int) -> dict:
         """Reads one pair: image uint8 HxWx3, mask uint8 HxW in {0, 1, 255}, category, name."""
         pair = self._pairs[index]
-        options = self._mask_options | {"values": self._mask_values}
+        options = {"values": self._mask_values, "threshold": self._threshold}
         image, mask = read_pair(pair.image, pair.mask, **options)
         return {"image": image, "mask": mask, "category": pair.category, "name": pair.name}
 
     @functools.cached_property
     def _mask_values(self) -> str:
         """What 255 means is one decision for all splits: void if any of a sample of masks has a 1."""
-        if self._mask_options["values"] != "auto" or self._mask_options["threshold"] is not None:
-            return self._mask_options["values"]
+        if self.mask_values != "auto" or self._threshold is not None:
+            return self.mask_values
         depths = [f"{below}{name}" for below in ("", "*/", "*/*/") for name in _MASK_FOLDERS]
         folders = (folder for depth in depths for folder in self._root.glob(depth))
         masks = sorted(file for folder in folders for file in folder.iterdir() if is_image(file))

@@ -1,16 +1,20 @@
 """Images and masks of class ids in folders, with a list of the classes."""
 
+import dataclasses
 import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
+from jaxseg.data.format import Format
 from jaxseg.data.formats.binary_masks import SPLITS, Pair, hash_split, listed, pair_size, pair_stems
 from jaxseg.data.image_files import VOID, DataError, check_sizes, decode, read_image, to_values
+from jaxseg.options import option
 
 _LOG = logging.getLogger(__name__)
 _CLASSES, _PALETTE = "classes.txt", "palette.txt"
@@ -18,11 +22,12 @@ _MOST = 255  # class ids are 0 to 254
 _IDS = 2**16  # that a file can hold
 
 
-class LabelledFolder:
+@dataclasses.dataclass(eq=False)
+class ClassMasks(Format):
     """Images and masks whose pixels say their class, read from one of two layouts.
 
       1. `root/{train,val,test}/images` and `.../labels`
-      2. `root/images` and `root/labels`: split by the hash of each name, as `Folder` does.
+      2. `root/images` and `root/labels`: split by the hash of each name, as `BinaryMasks` does.
 
     An image and its mask have the same stem; suffixes may differ. Hidden files are ignored.
 
@@ -36,10 +41,11 @@ class LabelledFolder:
 
     Args:
       root: the folder.
-      split: "train", "val" or "test".
-      classes: the names instead of those in classes.txt, also of ids 0, 1, 2, ...
+      part: "train", "val" or "test".
+      classes: the names instead of those in classes.txt, also of ids 0, 1, 2, ... Afterwards, those
+        that are not void, as `names`.
       void: further ids of the files (0 to 65535) to be ignored.
-      images, labels: what the two folders are called.
+      images, labels: what the two folders are called, if not so.
 
     Raises:
       DataError: if a folder is missing or empty, a split is unknown, the list of classes or colours is
@@ -47,28 +53,32 @@ class LabelledFolder:
         unequal size, `__getitem__` unreadable ones and ids or colours that are not declared.
     """
 
-    categories = ("all",)
+    classes: tuple[str, ...] = option((), "names; empty = those of the data", open=True)
+    void: tuple[int, ...] = option((), "further ids that are ignored", low=0, high=65535, open=True)
+    images: str = option(
+        "", "the subfolder of images, or where the images are; empty = where expected", open=True
+    )
+    labels: str = option(
+        "", "the subfolder of masks, or the annotation file; empty = where expected", open=True
+    )
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        classes: Sequence[str] = (),
-        void: Sequence[int] = (),
-        images: str = "images",
-        labels: str = "labels",
-    ):
-        if not str(root):
+    categories = ("all",)
+    gives: ClassVar[frozenset[str]] = frozenset({"classes"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        split = self.part
+        if not str(self.root):
             raise DataError("data.root is empty: name the folder that holds the images and labels")
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
-        root = Path(root).expanduser()
-        self._pairs = _split_pairs(root, split, images, labels)
-        names = _names(root, tuple(classes))
-        self._void = _void_ids(names, void)
+        root = Path(self.root).expanduser()
+        folders = self.images or "images", self.labels or "labels"
+        self._pairs = _split_pairs(root, split, *folders)
+        names = _names(root, tuple(self.classes))
+        self._void = _void_ids(names, self.void)
         kept = [i for i in range(len(names)) if i not in self._void]
-        self.classes = self.mask_names = tuple(names[i] for i in kept)
+        self.classes = self.names = tuple(names[i] for i in kept)
         if not 0 < len(kept) <= _MOST or len(set(self.classes)) < len(kept):
             raise DataError(
                 f"{root}: {len(kept)} classes ({listed(self.classes)}); allowed are 1 to {_MOST} "

@@ -1,19 +1,22 @@
 """COCO annotations, in its own instances JSON or the Freiburg lab's aggregated one, as class masks."""
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from jaxseg.data.format import Format
 from jaxseg.data.formats.binary_masks import listed
-from jaxseg.data.image_files import VOID, DataError, image_size, read_image
 from jaxseg.data.formats.polygons import Region, fill, polygon, run_lengths, runs_region
+from jaxseg.data.image_files import VOID, DataError, image_size, read_image
+from jaxseg.options import option
 
 BACKGROUND = "background"
 OVERLAPS = ("smaller-on-top", "last-on-top", "void")
@@ -38,10 +41,11 @@ class _Image(NamedTuple):
     annotations: list[_Annotation]
 
 
-class Coco:
+@dataclasses.dataclass(eq=False)
+class Coco(Format):
     """Images with class masks drawn from COCO annotations: polygons and run lengths.
 
-    Of `root` are read, unless `annotations` and `images` say otherwise:
+    Of `root` are read, unless `labels` and `images` say otherwise:
       1. COCO: `annotations/instances_<split>*.json`, images in `<split>*`, `images/<split>*` or
          `imgs/<split>*`.
       2. The Freiburg lab's: `aggregated_annotations_<split>_5classes.json`, a list of {file_name,
@@ -57,10 +61,11 @@ class Coco:
 
     Args:
       root: the folder.
-      split: "train", "val", or as the files are called, e.g. "val2017".
+      part: "train", "val", or as the files are called, e.g. "val2017".
       classes: names of those to read, in the order of their ids 1 .. C; empty for all, in the order
         of their category ids. "background" may come first; a category of that name is background.
-      annotations: the JSON file, relative to the root; `{split}` in it stands for the split.
+        Afterwards, background and those that are read, as `names`.
+      labels: the JSON file, relative to the root; `{split}` in it stands for the split.
       images: the folder of the images, likewise.
       overlap: "smaller-on-top" draws objects with more pixels first; equal ones in the order of their
         annotation ids (of the file, where it has none). "last-on-top" draws all in that order.
@@ -72,37 +77,41 @@ class Coco:
         class is unknown, or an annotation that would be drawn is malformed. Images are opened later.
     """
 
-    categories = ("all",)
+    classes: tuple[str, ...] = option((), "names; empty = those of the data", open=True)
+    labels: str = option(
+        "", "the subfolder of masks, or the annotation file; empty = where expected", open=True
+    )
+    images: str = option(
+        "", "the subfolder of images, or where the images are; empty = where expected", open=True
+    )
+    overlap: str = option(
+        "smaller-on-top", "which of overlapping objects is seen", choices=OVERLAPS, open=True
+    )
+    crowd: str = option("void", "what crowds are", choices=CROWDS, open=True)
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        classes: Sequence[str] = (),
-        annotations: str = "",
-        images: str = "",
-        overlap: str = "smaller-on-top",
-        crowd: str = "void",
-    ):
-        if not str(root):
+    categories = ("all",)
+    gives: ClassVar[frozenset[str]] = frozenset({"classes"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        split = self.part
+        if not str(self.root):
             raise DataError("data.root is empty: name the folder that holds the COCO data")
-        _check_option("data.overlap", overlap, OVERLAPS)
-        _check_option("data.crowd", crowd, CROWDS)
-        root = Path(root).expanduser()
+        _check_option("data.overlap", self.overlap, OVERLAPS)
+        _check_option("data.crowd", self.crowd, CROWDS)
+        root = Path(self.root).expanduser()
         if not root.is_dir():
             raise DataError(f"{root}: no such data folder")
-        file = _annotation_file(root, split, annotations)
-        folder = _image_folder(root, split, images, file)
+        file = _annotation_file(root, split, self.labels)
+        folder = _image_folder(root, split, self.images, file)
         content = _parsed(file)
         with _reading(f"{file}: neither COCO's instances nor aggregated annotations"):
             names = _names(content, file)
-            self.classes = self.mask_names = _chosen(names, classes, file)
+            self.classes = self.names = _chosen(names, self.classes, file)
             annotated = _images(content, folder, file)
         labels = {i: self.classes.index(n) if n in self.classes else 0 for i, n in names.items()}
         _annotate(annotated, labels, content, file)
         self._images = list(annotated.values())
-        self._overlap, self._crowd = overlap, crowd
         self._sizes: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
@@ -125,15 +134,15 @@ class Coco:
 
     def _mask(self, annotations: Sequence[_Annotation], size: tuple[int, int]) -> np.ndarray:
         drawn = [(a, _region(a.shape, size)) for a in annotations]
-        if self._overlap == "smaller-on-top":
+        if self.overlap == "smaller-on-top":
             drawn.sort(key=lambda item: -np.count_nonzero(item[1][2]))
         crowds, objects = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
         for annotation, (top, left, inside) in drawn:
             canvas, value = objects, annotation.label
             if annotation.crowd:
-                canvas, value = crowds, VOID if self._crowd == "void" else value
+                canvas, value = crowds, VOID if self.crowd == "void" else value
             window = canvas[top:, left:][: inside.shape[0], : inside.shape[1]]
-            if self._overlap == "void":
+            if self.overlap == "void":
                 value = np.where((window == 0) | (window == value), value, VOID)
             np.copyto(window, value, where=inside, casting="unsafe")
         return np.where(objects, objects, crowds)

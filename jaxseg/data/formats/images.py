@@ -1,21 +1,25 @@
 """Images without masks, in folders or zip files, with the class that their folder names."""
 
+import dataclasses
 import hashlib
 import io
 import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
+from jaxseg.data.format import Format
 from jaxseg.data.image_files import SUFFIXES, DataError, image_size, read_image
+from jaxseg.options import option
 
 SPLITS = ("train", "val", "test")
 _OTHER_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
-class Images:
+@dataclasses.dataclass(eq=False)
+class Images(Format):
     """All images below a folder, or in a zip file, for pretraining and for k-NN.
 
       1. `root/{train,val,test}/...`: the images of a split are those below its folder. Of a folder
@@ -26,28 +30,29 @@ class Images:
 
     Args:
       root: folder or zip file. `{split}` in it stands for the name of the split.
-      split: "train", "val" or "test".
-      categories: classes to read; empty for all.
-      at_least: (height, width) that large JPEGs may be shrunk to in decoding, see `read_image`.
+      part: "train", "val" or "test".
+      size: (height, width) that large JPEGs may be shrunk to in decoding (`read_image`'s `at_least`);
+        (0, 0) for none.
+      categories: classes to read; empty for all. Afterwards, those that are read.
 
     Raises:
       DataError: no such file or folder, no images, an unknown split or class.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        categories: Sequence[str] = (),
-        at_least: tuple[int, int] | None = None,
-    ):
-        if not str(root):
+    categories: tuple[str, ...] = option((), "names; empty = all", open=True)
+
+    gives: ClassVar[frozenset[str]] = frozenset({"images"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        split, categories = self.part, self.categories
+        if not str(self.root):
             raise DataError("data.root is empty: name the folder or zip file that holds the images")
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
-        self._root = Path(str(root).replace("{split}", split)).expanduser()
-        self._lock, self._zip, self._at_least = threading.Lock(), None, at_least
+        self._root = Path(str(self.root).replace("{split}", split)).expanduser()
+        self._lock, self._zip = threading.Lock(), None
+        self._at_least = None if tuple(self.size) == (0, 0) else tuple(self.size)
         names = sorted(self._list())
         if not names:
             raise DataError(f"{self._root} holds no images; suffixes are {' '.join(SUFFIXES)}")
@@ -61,7 +66,7 @@ class Images:
                 "would be taken for classes"
             )
         prefix = f"{top}{split}/" if present else ""
-        if present or "{split}" in str(root):
+        if present or "{split}" in str(self.root):
             inside = [name for name in names if name.startswith(prefix)]
         else:
             inside = _part(names, split)

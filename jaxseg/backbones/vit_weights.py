@@ -7,17 +7,16 @@ then mapped onto the Flax parameters. Nothing is dropped without saying so.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxseg.backbones.vit import VARIANTS, Variant
+from jaxseg.backbones.family import Family
+from jaxseg.backbones.vit import VARIANTS, Variant, ViT
+from jaxseg.weights import tensors as files
 
 _log = logging.getLogger(__name__)
-
-# Name in the release: (path in our parameters, shape in the release, transform).
-Expected = dict[str, tuple[str, tuple[int, ...], Callable[[np.ndarray], np.ndarray]]]
 
 # Hugging Face: ViTModel (facebook/dino-vits16), Dinov2Model and Dinov2WithRegistersModel.
 _HF_NAMES = [
@@ -40,25 +39,6 @@ _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 _IGNORED = re.compile(r"^(mask_token$|head\.|dino_head\.|ibot_head\.|pooler\.|classifier\.)")
 
 
-def pick_branch(tree: Any, *, branch: str = "teacher", source: str) -> Mapping[str, Any]:
-    """Returns the dict of tensors in a loaded file: itself, or one branch of a training file.
-
-    Training files hold `student` and `teacher` (of which `branch` is taken), or their weights under
-    `state_dict` or `model`. Raises ValueError if there is no dict of tensors.
-    """
-    for key in (branch, "state_dict", "model"):
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            _log.info("%s: taking the tensors under %r", source, key)
-            tree = tree[key]
-            break
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{source} holds a {type(tree).__name__}, not a dict of tensors")
-    tensors = {str(k): v for k, v in tree.items() if hasattr(v, "shape")}
-    if not tensors:
-        raise ValueError(f"{source} holds no tensors; its keys are {some_of(map(str, tree))}")
-    return tensors
-
-
 def to_flax(
     tensors: Mapping[str, Any], *, variant: Variant | None = None, source: str
 ) -> tuple[dict[str, Any], Variant]:
@@ -79,9 +59,11 @@ def to_flax(
     found = _rename(tensors, source)
     ignored = {name: originals for name, originals in found.items() if _IGNORED.match(name)}
     if ignored:
-        _log.info("%s: left out, not part of the backbone: %s", source, _names(ignored.values()))
+        _log.info(
+            "%s: left out, not part of the backbone: %s", source, files.all_names(ignored.values())
+        )
     found = {name: originals for name, originals in found.items() if name not in ignored}
-    shapes = {name: _joint_shape([tensors[o] for o in found[name]]) for name in found}
+    shapes = {name: files.joint_shape([tensors[o] for o in found[name]]) for name in found}
     inferred = infer_variant(shapes, source=source)
     variant = variant or inferred
     if not variant.heads:
@@ -89,7 +71,7 @@ def to_flax(
             f"{source} is {variant.dim} wide, no multiple of 64: the number of heads cannot be "
             "inferred from it, give the variant"
         )
-    params = fill(tensors, found, _expected(variant), f"{source} as {variant.name}")
+    params = files.fill(tensors, found, _expected(variant), f"{source} as {variant.name}")
     return params, variant
 
 
@@ -104,45 +86,11 @@ def from_flax(params: Mapping[str, Any], variant: Variant) -> dict[str, np.ndarr
         node: Any = params
         for key in path.split("/"):
             node = node.get(key) if isinstance(node, Mapping) else None
-        array = None if node is None else _INVERSE.get(transform, np.asarray)(np.asarray(node))
+        array = None if node is None else files.INVERSE.get(transform, np.asarray)(np.asarray(node))
         if array is None or array.shape != shape:
             raise ValueError(f"parameters of {variant.name}: {path} is missing or no {shape}")
         tensors[name] = np.ascontiguousarray(array, np.float32)
     return tensors
-
-
-def fill(
-    tensors: Mapping[str, Any],
-    found: Mapping[str, tuple[str, ...]],
-    expected: Expected,
-    source: str,
-) -> dict[str, Any]:
-    """Puts every expected tensor in its place.
-
-    Args:
-      tensors: arrays, or objects with `shape` and `read()`, under the file's names.
-      found: the file's names of each tensor, under its expected name; several are joined along the
-        first axis.
-      expected: what must be there, no more and no less.
-      source: what to call the file in messages.
-
-    Returns:
-      Nested dict of float32 arrays.
-
-    Raises:
-      ValueError: tensors missing, unknown or of another shape or dtype, all named.
-    """
-    shapes = {name: _joint_shape([tensors[o] for o in found[name]]) for name in found}
-    _check(found, shapes, expected, source)
-    tree: dict[str, Any] = {}
-    for name, (path, _, transform) in expected.items():
-        array = np.concatenate([_float32(tensors[o], f"{source}: {o}") for o in found[name]])
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = np.ascontiguousarray(transform(array))
-    return tree
 
 
 def _rename(tensors: Mapping[str, Any], source: str) -> dict[str, tuple[str, ...]]:
@@ -164,12 +112,6 @@ def _rename(tensors: Mapping[str, Any], source: str) -> dict[str, tuple[str, ...
     return found
 
 
-def _joint_shape(parts: list[Any]) -> tuple[int, ...]:
-    """The shape of parts of the same shape joined along the first axis."""
-    shape = tuple(parts[0].shape)
-    return (len(parts) * shape[0], *shape[1:]) if shape else ()
-
-
 def infer_variant(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Variant:
     """Returns the variant that tensors of these shapes, named as in the DINO release, belong to.
 
@@ -183,7 +125,7 @@ def infer_variant(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Vari
     if not blocks or len(pos) != 3 or pos[1] < 2:
         raise ValueError(
             f"{source} is not a ViT of DINO or DINOv2 (no patch embedding of RGB images, position "
-            f"embedding and blocks): it holds {some_of(shapes)}"
+            f"embedding and blocks): it holds {files.some_of(shapes)}"
         )
     dim = patch[0]
     registers = shapes.get("register_tokens", ())
@@ -206,10 +148,10 @@ def infer_variant(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Vari
     return Variant(name=f"vit{fields['patch']}_{dim}x{fields['depth']}", **fields, **resizing)
 
 
-def _expected(v: Variant) -> Expected:
+def _expected(v: Variant) -> files.Expected:
     """Maps names in the DINO release to (Flax path, shape in the release, transform)."""
     d, hidden = v.dim, v.mlp_ratio * v.dim
-    table: Expected = {}
+    table: files.Expected = {}
 
     def same(name: str, path: str, *shape: int) -> None:
         table[name] = (path, shape, np.asarray)
@@ -227,7 +169,7 @@ def _expected(v: Variant) -> Expected:
     if v.registers:
         same("register_tokens", "register_tokens", 1, v.registers, d)
     shape = (d, 3, v.patch, v.patch)
-    table["patch_embed.proj.weight"] = ("patch_embed/kernel", shape, conv_kernel)
+    table["patch_embed.proj.weight"] = ("patch_embed/kernel", shape, files.conv_kernel)
     same("patch_embed.proj.bias", "patch_embed/bias", d)
     for i in range(v.depth):
         theirs, ours = f"blocks.{i}", f"blocks_{i}"
@@ -244,48 +186,16 @@ def _expected(v: Variant) -> Expected:
     return table
 
 
-def conv_kernel(weight_DxCxpxp: np.ndarray) -> np.ndarray:
-    """A convolution's weight in Flax's order of axes, `p x p x C x D`."""
-    return weight_DxCxpxp.transpose(2, 3, 1, 0)
+FAMILY = Family(
+    "vit",
+    ViT,
+    Variant,
+    VARIANTS,
+    holds=lambda names: any(name.endswith(("pos_embed", "position_embeddings")) for name in names),
+    to_flax=lambda tensors, **options: _without_statistics(*to_flax(tensors, **options)),
+    from_flax=from_flax,
+)
 
 
-_INVERSE: dict[Callable, Callable] = {
-    np.transpose: np.transpose,
-    conv_kernel: lambda kernel: kernel.transpose(3, 2, 0, 1),
-}
-
-
-def _check(
-    found: Mapping[str, tuple[str, ...]],
-    shapes: Mapping[str, tuple[int, ...]],
-    expected: Expected,
-    source: str,
-) -> None:
-    """Raises one ValueError that names every missing, unknown and misshapen tensor."""
-    problems = []
-    if missing := sorted(expected.keys() - found.keys()):
-        problems.append(f"missing tensors: {', '.join(missing)}")
-    if unknown := sorted(found.keys() - expected.keys()):
-        problems.append(f"unknown tensors: {_names(found[name] for name in unknown)}")
-    for name in expected.keys() & found.keys():
-        if shapes[name] != (shape := expected[name][1]):
-            problems.append(f"{_names([found[name]])} has shape {shapes[name]}, expected {shape}")
-    if problems:
-        raise ValueError(f"{source}: " + "; ".join(problems))
-
-
-def _float32(tensor: Any, where: str) -> np.ndarray:
-    array = tensor.read() if hasattr(tensor, "read") else np.asarray(tensor)
-    if array.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"{where} is {array.dtype}: allowed are float32, float16 and bfloat16")
-    return array.astype(np.float32)
-
-
-def _names(groups: Iterable[tuple[str, ...]]) -> str:
-    return ", ".join(name for group in groups for name in group)
-
-
-def some_of(names: Iterable[str]) -> str:
-    """The first five names, and how many there are."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+def _without_statistics(params, variant):
+    return params, {}, variant

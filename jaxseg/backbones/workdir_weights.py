@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from jaxseg.checksums import first_line, verified
 from jaxseg import backbones
+from jaxseg.checksums import first_line, verified
+from jaxseg.quiet import Quiet
 
 log = logging.getLogger(__name__)
 
 
-def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Any], backbones.AnyVariant]:
+def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Reads backbone parameters, those last saved: of a teacher or moving average where there is one.
 
     A damaged checkpoint is passed over for the one before, with a warning.
@@ -34,7 +34,13 @@ def read(workdir: Path) -> tuple[dict[str, Any], dict[str, Any], backbones.AnyVa
             f"{workdir} is no workdir of a run: model.json is missing; allowed is also a file, .pth or "
             ".safetensors, in such a folder"
         )
-    variant = backbones.from_json(json.loads(description.read_text())["variant"])
+    shape = json.loads(description.read_text())["variant"]
+    if shape is None:
+        raise ValueError(
+            f"the backbone in {workdir} is none of ours: take it from the run, jaxseg.load(workdir, "
+            "task=...).backbone()"
+        )
+    variant = backbones.from_json(shape)
     frozen, steps = workdir / "frozen", _steps(workdir)
     if not frozen.exists() and not steps:
         raise ValueError(f"{workdir} holds no checkpoint yet")
@@ -71,8 +77,11 @@ def _newest(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _restore(folder: Path) -> dict[str, Any]:
+    with Quiet():
+        import orbax.checkpoint as ocp
+
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with Quiet(), ocp.StandardCheckpointer() as checkpointer:
             return verified(folder, checkpointer.restore(folder.absolute()))
     except Exception as error:  # Orbax and TensorStore raise many kinds here.
         raise ValueError(f"{folder} cannot be read ({first_line(error)})") from error
