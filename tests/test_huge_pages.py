@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +20,7 @@ def run(tmp_path, *, setting: str | None, tunables: str = "", name: str = "scrip
     script.write_text(SCRIPT.format(name=name))
     if setting is not None:
         file.write_text(setting)
-    env = {**os.environ, "GLIBC_TUNABLES": tunables, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "GLIBC_TUNABLES": tunables}
     process = subprocess.Popen(
         [sys.executable, str(script), str(file), "a b"], env=env, stdout=subprocess.PIPE, text=True
     )
@@ -50,21 +49,3 @@ def test_starts_again_once_in_the_same_process_with_its_arguments(tmp_path):
 def test_goes_on_where_a_new_start_gains_nothing(tmp_path, options):
     lines, _ = run(tmp_path, **options)
     assert len(lines) == 2 and lines[1].startswith(options.get("tunables", ""))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
-def test_main_asks_for_them(tmp_path):
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[madvise]" not in setting.read_text():
-        pytest.skip("this kernel gives huge pages unasked or not at all")
-    code = (
-        "import os, runpy, sys; sys.orig_argv = ['python', 'main.py'];"
-        "os.execv = lambda file, arguments: sys.exit(os.environ['GLIBC_TUNABLES']);"
-        "runpy.run_path('main.py', run_name='__main__')"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert result.stderr.strip() == "glibc.malloc.hugetlb=1"

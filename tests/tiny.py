@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs.pac_objseg import get_config
+from jaxseg.schema import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +34,7 @@ OVERRIDES = {
 
 def tiny_config(**changes):
     """The default config with `OVERRIDES` and then `changes` (`data__limit=3` is data.limit)."""
-    config = get_config()
+    config = read_config("pac_objseg")
     changes = {k.replace("__", "."): v for k, v in changes.items()}
     config.update_from_flattened_dict(OVERRIDES | changes)
     return config

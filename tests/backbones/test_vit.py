@@ -8,9 +8,9 @@ from checkpoints import vit_tensors
 from jax import export
 from shared import shared_path
 
-from jaxseg import weights
-from jaxseg.backbones import vit
-from jaxseg.weights import vit_tensors as convert
+from jaxseg.backbones import BACKBONES, build, pretrained, vit, vit_weights
+from jaxseg.backbones.backbone import backbone
+from jaxseg.options import OptionError
 
 TINY = vit.Variant("tiny", patch=4, dim=64, depth=2, heads=2, grid=3)
 
@@ -28,7 +28,7 @@ def _formula(size: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def params() -> dict:
     """Parameters of `TINY`; drawn by NumPy, because compiling an initialisation takes seconds."""
-    return {"params": convert.to_flax(vit_tensors(), variant=TINY, source="test")[0]}
+    return {"params": vit_weights.to_flax(vit_tensors(), variant=TINY, source="test")[0]}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def params() -> dict:
     ],
 )
 def test_parameter_count(name, count):
-    model = vit.from_variant(name)
+    model = build(BACKBONES[name])
     image = jnp.zeros((1, model.variant.patch, model.variant.patch, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
@@ -58,9 +58,9 @@ def test_matches_dino_reference(size):
     golden = np.load(shared_path("golden/dino_vit_tiny_random.npz"))
     variant = vit.Variant("golden", patch=16, dim=96, depth=3, heads=3, grid=14)
     path = shared_path("golden/dino_vit_tiny_random.pth")
-    loaded = weights.load(path, variant=variant)
+    loaded = pretrained.load(path, variant=variant)
     image = golden[f"image_{size}"] if f"image_{size}" in golden else _formula(size)
-    model = vit.from_variant(loaded.variant)
+    model = build(loaded.variant)
     apply = jax.jit(lambda params, x: model.apply({"params": params}, x, attention=True))
     out = apply(loaded.params, image)
     tokens = np.concatenate([out["cls"][:, None], out["patches"].reshape(2, -1, 96)], axis=1)
@@ -75,9 +75,9 @@ def test_matches_dino_reference(size):
 )
 def test_matches_dinov2_reference_on_real_weights(size, step):
     golden = np.load(shared_path("golden/dinov2_vits14.npz"))
-    loaded = weights.load(shared_path("weights/dinov2_vits14_derived_fp16.pth"))
+    loaded = pretrained.load(shared_path("weights/dinov2_vits14_derived_fp16.pth"))
     assert loaded.variant == vit.VARIANTS["dinov2_vits14"]
-    model = vit.from_variant(loaded.variant)
+    model = build(loaded.variant)
     out = jax.jit(lambda params, x: model.apply({"params": params}, x))(
         loaded.params, _formula(size)
     )
@@ -128,10 +128,10 @@ def _slow_vit(t, image, *, heads, depth, patch):
 def test_registers_and_layerscale_match_the_equations():
     tensors = vit_tensors(layerscale=True, registers=2)
     variant = vit.Variant("r", 4, 64, 2, heads=4, grid=3, layerscale=True, registers=2)
-    params, _ = convert.to_flax(tensors, variant=variant, source="test")
+    params, _ = vit_weights.to_flax(tensors, variant=variant, source="test")
     image = np.random.default_rng(1).normal(size=(12, 12, 3)).astype(np.float32)
     cls, patches, attention = _slow_vit(tensors, image, heads=4, depth=2, patch=4)
-    model = vit.from_variant(variant)
+    model = build(variant)
     apply = jax.jit(lambda params, x: model.apply({"params": params}, x, attention=True))
     out = apply(params, image[None])
     np.testing.assert_allclose(out["cls"][0], cls, atol=1e-4)
@@ -140,7 +140,7 @@ def test_registers_and_layerscale_match_the_equations():
 
 
 def test_intermediate_layers_follow_the_index_asked_for(params):
-    model = vit.from_variant(TINY)
+    model = build(TINY)
     image = jax.random.normal(jax.random.key(1), (2, 8, 16, 3))
     out = jax.jit(lambda p, x: model.apply(p, x, layers=(0, -2, -1, 1)))(params, image)
     assert set(out["layers"]) == set(out["layers_cls"]) == {0, -2, -1, 1}
@@ -150,7 +150,7 @@ def test_intermediate_layers_follow_the_index_asked_for(params):
     np.testing.assert_allclose(out["layers_cls"][1], out["cls"], atol=1e-6)
     assert out["patches"].shape == (2, 2, 4, 64) and out["cls"].shape == (2, 64)
     # Truncating the network after block 0 gives the same as asking for block 0.
-    short = vit.from_variant(vit.Variant("short", 4, 64, 1, 2, grid=3))
+    short = build(vit.Variant("short", 4, 64, 1, 2, grid=3))
     kept = {k: v for k, v in params["params"].items() if k != "blocks_1"}
     truncated = jax.jit(short.apply)({"params": kept}, image)["patches"]
     np.testing.assert_allclose(out["layers"][0], truncated, atol=1e-5)
@@ -168,8 +168,8 @@ def test_attention_in_pieces_equals_whole_with_gradient(monkeypatch):
 
 
 def test_bfloat16_keeps_float32_parameters_and_outputs(params):
-    model = vit.from_variant(TINY)
-    half = vit.from_variant(TINY, dtype=jnp.bfloat16)
+    model = build(TINY)
+    half = build(TINY, dtype=jnp.bfloat16)
     image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     shapes = jax.eval_shape(half.init, jax.random.key(0), image)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
@@ -180,7 +180,7 @@ def test_bfloat16_keeps_float32_parameters_and_outputs(params):
 
 
 def test_long_sequences_export_for_every_platform_with_a_symbolic_batch(params):
-    model = vit.from_variant(TINY)
+    model = build(TINY)
     (batch,) = export.symbolic_shape("b")
     image = jax.ShapeDtypeStruct((batch, 80, 84, 3), jnp.float32)
     apply = jax.jit(lambda params, x: model.apply(params, x)["patches"])
@@ -200,14 +200,14 @@ def test_long_sequences_export_for_every_platform_with_a_symbolic_batch(params):
     ],
 )
 def test_bad_input(params, shape, kwargs, message):
-    model = vit.from_variant(TINY)
+    model = build(TINY)
     with pytest.raises(ValueError, match=message):
         model.apply(params, jnp.zeros(shape), **kwargs)
 
 
 def test_unknown_variant_lists_the_allowed_ones():
-    with pytest.raises(ValueError, match="'vit_huge': allowed are dino_vitt16, dino_vits16"):
-        vit.from_variant("vit_huge")
+    with pytest.raises(OptionError, match="'vit_huge'; allowed: dino_vitt16, dino_vits16"):
+        backbone(variant="vit_huge")
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's attention needs a CUDA GPU")

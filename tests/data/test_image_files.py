@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg.data import images
-from jaxseg.data.image_files import DataError, image_size, read_image, read_mask, write_image, write_mask
+from jaxseg.data import image_files
+from jaxseg.data.image_files import (
+    DataError,
+    image_size,
+    read_image,
+    read_mask,
+    write_image,
+    write_mask,
+)
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20  # 3 high, 4 wide
 
@@ -263,7 +270,7 @@ def test_pairs_must_have_one_size(tmp_path):
     image = saved(tmp_path, np.zeros((4, 6, 3), np.uint8), "i.png")
     mask = saved(tmp_path, np.zeros((4, 5), np.uint8), "m.png")
     with pytest.raises(DataError, match=r"m\.png is 5x4 but its image .*i\.png is 6x4"):
-        images.read_pair(image, mask)
+        image_files.read_pair(image, mask)
 
 
 def test_written_masks_read_back(tmp_path):

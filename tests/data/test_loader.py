@@ -11,7 +11,7 @@ SIZE = (16, 32)
 
 
 class Numbered:
-    """Example i is an image filled with i. Deliberately without `sizes`: all are alike."""
+    """Example i is an image filled with i. Deliberately without `sizes`, which no batch needs."""
 
     categories = ("even", "odd")
 

@@ -1,11 +1,31 @@
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxseg import data
-from jaxseg.data import DataError, fit, placement, sources, working_size
+from jaxseg.data import (
+    FORMATS,
+    BinaryMasks,
+    DataError,
+    Reader,
+    Reading,
+    Scenes,
+    Shapes,
+    Some,
+    as_splits,
+    categories_of,
+    check_function,
+    example_of,
+    fit,
+    names_of,
+    placement,
+    sizes_of,
+    working_size,
+)
+from jaxseg.options import options
 
 
 class Sized:
@@ -48,12 +68,157 @@ def test_one_native_size_is_cropped_at_the_top_left():
     )
 
 
-def test_a_source_without_sizes_has_one():
-    class Alike(Sized):
-        sizes = property()
+class Bare:
+    """What a user may have at least: images of three sizes, and masks; nothing is named."""
 
-    assert not hasattr(Alike(), "sizes")
-    assert working_size(Alike((70, 50), (1, 1)), (0, 0)) == (64, 48)
+    shapes = ((70, 50), (40, 60), (64, 64))
+
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        whole = example(*self.shapes[index])
+        return {"image": whole["image"], "mask": whole["mask"] > 0, **self.changes}
+
+
+def test_a_source_without_any_optional_attribute():
+    source = Bare()
+    assert names_of(source) is None and categories_of(source) == ("object",)
+    assert sizes_of(source) == sizes_of(Some(source, 3)) == list(Bare.shapes)
+    assert sizes_of(Some(source, 2)) == [(70, 50), (64, 64)]
+    assert working_size(source, (0, 0)) == (80, 64)
+    found = example_of(source, np.int64(2))
+    assert found["category"] == 0 and found["name"] == "2" and found["mask"].dtype == np.uint8
+    assert example_of(Some(source, 2), 1)["name"] == "2"
+    reader = Reader(source, (80, 64), reading=Reading(), batch=2, multiple=16)
+    batches = list(reader.eval_batches())
+    assert [b["image"].shape for b in batches] == [(2, 80, 64, 3)] * 2
+    assert batches[0]["extent"].tolist() == [[80, 57], [43, 64]]
+    assert set(np.unique(batches[0]["mask"])) == {0, 1, 255}
+    assert batches[1]["category"].tolist() == [0, 0]
+    check_function(source)
+
+
+def test_sizes_that_are_not_of_all_examples():
+    class Short(Sized):
+        def sizes(self):
+            return [(8, 8)]
+
+    with pytest.raises(DataError, match=r"sizes\(\) gives 1 sizes of 2 examples"):
+        working_size(Short((8, 8), (9, 9)), (0, 0))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"image": np.zeros((4, 4, 3), np.float32)},
+            "example 1: its image is float32 of shape .4, 4",
+        ),
+        (
+            {"image": np.zeros((4, 4), np.uint8)},
+            r"is uint8 of shape .4, 4.; allowed is uint8 \[H, W, 3",
+        ),
+        ({"image": np.zeros((4, 4, 4), np.uint8)}, "of shape .4, 4, 4.; allowed"),
+        ({"name": "cat"}, None),
+        (
+            {"name": "cat", "mask": np.zeros((3, 3), np.uint8)},
+            r"example 1 \(cat\): its mask is uint8 of shape \(3, 3\); allowed .*0 to 255.*\(40, 60\)",
+        ),
+        (
+            {"mask": np.full((40, 60), 256)},
+            "mask is int64 of shape .* with values 256 to 256; allowed",
+        ),
+        ({"mask": np.full((40, 60), -1, np.int8)}, "mask is int8 of shape .* with values -1 to -1"),
+        ({"mask": np.zeros((40, 60), np.float32)}, "mask is float32 of shape .40, 60.; allowed"),
+        ({"mask": np.full((40, 60), 255, np.int32)}, None),
+    ],
+)
+def test_examples_are_checked(changes, message):
+    source = Bare(**changes)
+    if message is None:
+        assert example_of(source, 1)["mask"].dtype == np.uint8
+        return
+    for read in (lambda: example_of(source, 1), lambda: Some(source, 3)[1]):
+        with pytest.raises(DataError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_an_example_must_be_a_dict_with_an_image():
+    with pytest.raises(DataError, match="example 0 is tuple: allowed is a dict with image"):
+        example_of([(1, 2)], 0)
+    with pytest.raises(DataError, match=r"example 0 is \['mask'\]: allowed is a dict with image"):
+        example_of([{"mask": 1}], 0)
+
+
+def test_a_source_must_be_a_function_of_its_index():
+    class Random(Bare):
+        buffer = np.zeros((8, 8, 3), np.uint8)
+
+        def __getitem__(self, index):
+            self.buffer += 1
+            return {"image": self.buffer}
+
+    with pytest.raises(
+        DataError, match="differs in image: a source must be a function of its index"
+    ):
+        check_function(Random())
+    check_function(Bare(score=np.nan))
+    check_function([])
+
+
+def test_splits_of_what_a_user_has():
+    one, two = Bare(), Bare()
+    assert as_splits(one).split("train") is one
+    assert as_splits(one, two).split("val") is two
+    both = as_splits({"train": one, "dev": two})
+    assert both.split("dev") is two
+    for splits, known in ((as_splits(one), "train"), (both, "train, dev"), (as_splits({}), "none")):
+        with pytest.raises(DataError, match=f"no split 'test'; those there are: {known}$"):
+            splits.split("test")
+    drawn = Shapes(size=(32, 32))
+    assert as_splits(drawn) is drawn and as_splits(drawn).split("test").part == "test"
+    with_other = as_splits(drawn, one)
+    assert with_other.split("val") is one and with_other.split("test").part == "test"
+    with pytest.raises(DataError, match="unknown split 'tset' of shapes"):
+        with_other.split("tset")
+    for wrong in ("camvid", 3, None):
+        with pytest.raises(DataError, match="allowed are a source"):
+            as_splits(wrong)
+
+
+def test_one_option_has_one_default_in_all_formats():
+    found = {}
+    for cls in FORMATS.values():
+        for name, option in options(cls).items():
+            where = cls.section if name not in cls.shared else ""
+            assert found.setdefault((where, name), option.default) == option.default
+            assert option.help and option.open and not option.free
+
+
+def test_importing_formats_imports_nothing_large():
+    script = """
+import sys
+import jaxseg.data
+assert "numpy" not in sys.modules
+from jaxseg.data import FORMATS, BinaryMasks, names_of
+large = "tensorflow_datasets grain matplotlib sklearn tqdm pyvips jax absl".split()
+assert not {*large} & set(sys.modules), {*large} & set(sys.modules)
+assert set(jaxseg.data.__all__) <= set(dir(jaxseg.data))
+from jaxseg.data import *
+try:
+    jaxseg.data.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -121,29 +286,34 @@ def test_noise_is_averaged_when_shrunk():
     assert small["image"].std() < 12  # nearest or plain bilinear keep 40 and more
 
 
-def test_create(tmp_path):
-    with pytest.raises(DataError, match="'mnist': allowed are shapes, .*, coco, images, tfds"):
-        data.create("mnist", "train")
+def test_a_format_gives_its_other_splits(tmp_path):
     for split in ("train", "test"):
-        for name in ("images", "annotations"):
-            (tmp_path / split / "dog" / name).mkdir(parents=True)
-            Image.new("L", (20, 18)).save(tmp_path / split / "dog" / name / "a.png")
-    source = data.create("folder", "test", root=str(tmp_path), categories=("dog",))
+        for kind in ("dog", "cat") if split == "train" else ("dog",):
+            for name in ("images", "annotations"):
+                (tmp_path / split / kind / name).mkdir(parents=True)
+                Image.new("L", (20, 18)).save(tmp_path / split / kind / name / "a.png")
+    source = BinaryMasks(tmp_path, "test", categories=("dog",))
     assert source[0]["name"] == "dog/a"
     assert working_size(source, (0, 0)) == (16, 16)
+    # By the categories that were asked for, not by those that were found.
+    everything = BinaryMasks(str(tmp_path), "test")
+    assert everything.categories == ("dog",)
+    assert everything.split("train").categories == ("cat", "dog")
+    assert source.split("train").categories == ("dog",)
+    with pytest.raises(DataError, match="has no split 'val': it has test, train"):
+        source.split("val")
 
 
-def test_create_shapes():
-    source = data.create("shapes", "train", seed=1, size=(32, 48), length=3)
+def test_drawn_sources_have_a_size():
+    source = Shapes(seed=1, size=(32, 48), length=3)
     assert len(source) == 3
     assert working_size(source, (0, 0)) == (32, 48)
     assert fit(source[0], (32, 48))["mask"].shape == (32, 48)
-    with pytest.raises(ValueError, match="dragon"):
-        data.create("shapes", "train", categories=["dragon"])
 
 
 def test_a_part_of_a_source_knows_its_classes():
-    scenes = data.create("scenes", "train", length=4)
-    part = sources.Some(scenes, 2)
-    assert part.mask_names == scenes.mask_names and len(part) == 2
-    assert not hasattr(sources.Some(data.create("shapes", "train", length=4), 2), "mask_names")
+    scenes = Scenes(length=4)
+    part = Some(scenes, 2)
+    assert names_of(part) == names_of(scenes) == Scenes.names and len(part) == 2
+    assert names_of(Some(Shapes(length=4), 2)) is None
+    assert categories_of(part) == ("all",)

@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseg.evaluate.inference import (
-    multi_scale,
-    sliding_window,
-    window_starts,
-    window_weights,
-)
+from jaxseg.evaluate.inference import multi_scale, sliding_window
+from jaxseg.evaluate.windows import window_starts, window_weights
 
 MIX = np.array([[1.0, -2.0], [0.5, 0.3], [-1.0, 2.0]], np.float32)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxseg.evaluate import neighbors
-from jaxseg.evaluate.knn import knn_accuracy, knn_predict
+from jaxseg.evaluate.knn import confusion, knn_accuracy, knn_predict
 
 
 def slow_predict(train, labels, test, k, temperature, classes):
@@ -116,3 +116,23 @@ def test_test_labels_must_fit():
     train, labels, test, test_labels = data()
     with pytest.raises(ValueError, match="test labels have shape .* need 35 integers"):
         knn_accuracy(train, labels, test, test_labels[:-1], classes=4)
+
+
+def test_confusion_by_counting():
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(3, size=60), rng.integers(4, size=60)
+    share = confusion(labels, predictions, classes=4)
+    for row in range(3):
+        for column in range(4):
+            chosen = [p for label, p in zip(labels, predictions, strict=True) if label == row]
+            assert share[row, column] == pytest.approx(chosen.count(column) / len(chosen))
+    assert (share[3] == 0).all()  # A class that no image has.
+
+
+def test_confusion_errors():
+    with pytest.raises(ValueError, match="need two"):
+        confusion([0, 1], [0], classes=2)
+    with pytest.raises(ValueError, match="need two"):
+        confusion([], [], classes=2)
+    with pytest.raises(ValueError, match="must be in 0 to 1"):
+        confusion([0, 2], [0, 1], classes=2)

@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from jaxseg.evaluate import neighbors
-from jaxseg.report import figures
-from jaxseg.evaluate.neighbors import nearest, neighbor_agreement, plot_neighbors
+from jaxseg.evaluate.neighbors import nearest, neighbor_agreement
 
 
 def brute_force(features, query, metric, excluded):
@@ -82,24 +80,3 @@ def test_errors_of_agreement():
         neighbor_agreement(np.array([[0, 1]]), [0, 1], np.array([0, 1]))
     with pytest.raises(ValueError, match="there are only 0 to 1"):
         neighbor_agreement(np.array([[0, 2]]), [0], np.array([0, 1]))
-
-
-def _pixels(path, color):
-    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return int((np.asarray(Image.open(path).convert("RGB")) == rgb).all(axis=-1).sum())
-
-
-def test_picture_frames_by_class(tmp_path):
-    images = [np.full((8 + i, 10, 3), 40 * i, np.uint8) for i in range(4)]
-    labels = np.array([0, 0, 1, 1])
-    rows = np.array([[1, 2], [0, 3]])
-    both, right, plain = (tmp_path / "new" / f"{name}.png" for name in ("both", "right", "plain"))
-    plot_neighbors(images, [0, 1], rows, both, labels=labels, names=("cat", "dog"))
-    plot_neighbors(images, [0], [[1]], right, labels=labels)
-    plot_neighbors(images, [0, 1], rows, plain)
-    assert _pixels(both, figures.RIGHT) > 100 and _pixels(both, figures.WRONG) > 100
-    assert _pixels(right, figures.RIGHT) > 100 and not _pixels(right, figures.WRONG)
-    assert not _pixels(plain, figures.RIGHT) and not _pixels(plain, figures.WRONG)
-    assert sorted(p.name for p in both.parent.iterdir()) == ["both.png", "plain.png", "right.png"]
-    with pytest.raises(ValueError, match="for 3 queries"):
-        plot_neighbors(images, [0, 1, 2], rows, both)

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from jaxseg.evaluate.pca import pca_rgb, plot_pca, principal_axes
+from jaxseg.evaluate.pca import pca_rgb, principal_axes
 
 
 def test_axes_as_by_svd():
@@ -56,20 +55,8 @@ def test_collapsed_features_are_one_colour():
     assert np.isfinite(rgb).all() and np.std(rgb) == 0 and (share == 0).all()
 
 
-def test_errors(tmp_path):
+def test_errors():
     with pytest.raises(ValueError, match=r"need \[h, w, D\] with one D of at least 3"):
         pca_rgb(np.zeros((1, 2, 2, 2)))
     with pytest.raises(ValueError, match="tokens: 1 of 4 rows hold NaN or infinity, first row 2"):
         pca_rgb(np.array([1.0, 2, np.nan, 4]).reshape(1, 2, 2, 1).repeat(3, axis=-1))
-    with pytest.raises(ValueError, match="3 images for the tokens of 2"):
-        plot_pca([None] * 3, np.zeros((2, 2, 2, 3)), tmp_path / "a.png")
-
-
-def test_picture(tmp_path):
-    """Left half and right half of the tokens differ: so do the halves of the PCA picture."""
-    tokens = np.random.default_rng(0).normal(size=(5, 4, 4, 6)) * 0.05
-    tokens[:, :, 2:] += 1
-    images = [np.full((16, 16, 3), 128, np.uint8)] * 5
-    plot_pca(images, tokens, tmp_path / "pca.png", columns=2)
-    picture = np.asarray(Image.open(tmp_path / "pca.png").convert("RGB"))
-    assert picture.std() > 20

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxseg.evaluate.tiles import default_overlap, plan, predict_tiles
+from jaxseg.evaluate.tiles import default_overlap, predict_tiles
+from jaxseg.evaluate.windows import plan
 
 RNG = np.random.default_rng(0)
 KERNELS = [RNG.normal(size=(3, 3, 3, 6)) * 0.4, RNG.normal(size=(3, 3, 6, 4)) * 0.3]

@@ -2,9 +2,9 @@
 
 Run from the root of the repository where PyTorch is installed:
 
-    python tests/models/make_deeplab_torch.py
+    python tests/heads/make_deeplab_torch.py
 
-writes `tests/models/deeplab_torch.npz`: the names and shapes of all tensors, and logits. The weights
+writes `tests/heads/deeplab_torch.npz`: the names and shapes of all tensors, and logits. The weights
 themselves are not stored: whoever knows name and shape draws the same numbers with `draw`.
 """
 

@@ -103,10 +103,10 @@ def test_several_questions_about_an_image_are_answered_one_by_one():
     variables = _random(head, features, image, query)
     logits, aux = _apply(head, variables, features, image, query)
     both = np.stack([query, (query + 1) % 2], 1)
-    many, many_aux = head.apply(variables, features, image, query_B=both)
+    many, many_aux = _apply(head, variables, features, image, both)
     np.testing.assert_allclose(many[:, 0], logits, atol=1e-5)
     np.testing.assert_allclose(many_aux["attention"][:, 0], aux["attention"], atol=1e-6)
-    other, _ = head.apply(variables, features, image, query_B=both[:, 1])
+    other, _ = _apply(head, variables, features, image, both[:, 1])
     np.testing.assert_allclose(many[:, 1], other, atol=1e-5)
 
 

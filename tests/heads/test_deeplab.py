@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import make_deeplab_torch as torch_side
+from heads import make_deeplab_torch as torch_side
+from heads.torchvision_deeplab import deeplab_to_flax
 
 from jaxseg.backbones import build
 from jaxseg.heads.deeplab import (
@@ -25,7 +26,6 @@ from jaxseg.heads.deeplab import (
     depthwise_conv,
 )
 from jaxseg.heads.guided import depth_to_space
-from jaxseg.weights import resnet_tensors as resnet
 
 ROOT = Path(__file__).resolve().parents[2]
 # Compiling takes most of the time here; without LLVM's optimisations it takes a third.
@@ -306,13 +306,13 @@ def stored():
 def converted(stored):
     shapes = json.loads(str(stored["shapes"]))
     drawn = {name: torch_side.draw(name, shape) for name, shape in shapes.items()}
-    return resnet.deeplab_to_flax(drawn, "drawn")
+    return deeplab_to_flax(drawn)
 
 
 @pytest.mark.parametrize("stride", torch_side.OUTPUT_STRIDES)
 def test_logits_of_torch(stored, converted, stride):
     params, statistics, variant = converted
-    backbone = build(variant, output_stride=stride)
+    backbone = build(variant).with_stride(stride)
     head = DeepLabV3(outputs=torch_side.OUTPUTS, auxiliary=True)
 
     @jax.jit

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseg.losses import binary as segmentation
+from jaxseg.losses import BINARY, binary, binary_loss
 
 
 def _numpy_loss(name, logits, labels, valid):
@@ -44,55 +44,51 @@ def _numpy_lovasz(logits, labels):
     return total
 
 
-@pytest.mark.parametrize("name", segmentation.BINARY)
+@pytest.mark.parametrize("name", BINARY)
 def test_matches_numpy(name):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 4, 5)).astype(np.float32) * 3
     labels = rng.integers(0, 2, (3, 4, 5))
     valid = rng.random((3, 4, 5)) < 0.7
-    got = segmentation.BINARY[name](jnp.array(logits), jnp.array(labels), jnp.array(valid))
+    got = BINARY[name](jnp.array(logits), jnp.array(labels), jnp.array(valid))
     want = [_numpy_loss(name, logits[i], labels[i], valid[i]) for i in range(3)]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", segmentation.BINARY)
+@pytest.mark.parametrize("name", BINARY)
 def test_void_pixels_count_nowhere(name):
     rng = np.random.default_rng(1)
     logits = jnp.array(rng.normal(size=(2, 6)), jnp.float32)
     labels = jnp.array(rng.integers(0, 2, (2, 6)))
     valid = jnp.array([[1, 1, 1, 1, 0, 0]] * 2)
-    loss = segmentation.BINARY[name]
+    loss = BINARY[name]
     poisoned = logits.at[:, 4:].set(jnp.inf)
     np.testing.assert_array_equal(loss(logits, labels, valid), loss(poisoned, labels, valid))
 
 
-@pytest.mark.parametrize("name", segmentation.BINARY)
+@pytest.mark.parametrize("name", BINARY)
 def test_nothing_valid_gives_zero_and_zero_gradients(name):
     logits = jnp.array([[3.0, -2.0, 100.0]])
     loss, grad = jax.value_and_grad(
-        lambda x: segmentation.BINARY[name](x, jnp.ones((1, 3)), jnp.zeros((1, 3))).sum()
+        lambda x: BINARY[name](x, jnp.ones((1, 3)), jnp.zeros((1, 3))).sum()
     )(logits)
     assert loss == 0.0
     np.testing.assert_array_equal(grad, 0.0)
 
 
-@pytest.mark.parametrize("name", segmentation.BINARY)
+@pytest.mark.parametrize("name", BINARY)
 def test_extreme_logits_stay_finite(name):
     logits = jnp.array([[1e4, -1e4, 1e4, -1e4]])
     labels = jnp.array([[1, 0, 0, 1]])
-    value, grad = jax.value_and_grad(
-        lambda x: segmentation.BINARY[name](x, labels, jnp.ones((1, 4))).sum()
-    )(logits)
+    value, grad = jax.value_and_grad(lambda x: BINARY[name](x, labels, jnp.ones((1, 4))).sum())(
+        logits
+    )
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
 def test_binary_loss_weighs_its_terms():
     logits, labels = jnp.array([[0.3, -1.0]]), jnp.array([[1, 0]])
     valid = jnp.ones((1, 2))
-    got = segmentation.binary_loss(
-        logits, labels, valid, weights={"bce": 2.0, "dice": 0.5, "focal": 0.0}
-    )
-    want = 2 * segmentation.bce(logits, labels, valid) + 0.5 * segmentation.dice(
-        logits, labels, valid
-    )
+    got = binary_loss(logits, labels, valid, weights={"bce": 2.0, "dice": 0.5, "focal": 0.0})
+    want = 2 * binary.bce(logits, labels, valid) + 0.5 * binary.dice(logits, labels, valid)
     np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from shared import shared_path
 
+from jaxseg.backbones.backbone import backbone
 from jaxseg.losses.dino import dino_loss, teacher_probabilities
-from jaxseg.heads.projection import ProjectionHead
-from jaxseg.tasks.dino import DinoTask
+from jaxseg.tasks import Dino, Facts
 from jaxseg.train.schedules import staircase
 
 VIEWS, BATCH = 6, 4
@@ -37,15 +37,8 @@ def test_reference_centre_over_all_calls():
     """What the task makes of the centre, call after call, beginning with its own zeros."""
     golden = np.load(shared_path("golden/dino_loss.npz"))
     outputs = golden["center_after_0"].shape[-1]
-    task = DinoTask(
-        backbone=None,
-        head=ProjectionHead(outputs),
-        views=(),
-        normalization="none",
-        student_temperature=0.1,
-        teacher_temperature=lambda step: 0.04,
-        momentum=lambda step: 0.996,
-    )
+    task = Dino(backbone(variant="vit_micro16"), outputs=outputs)
+    task = task.with_facts(Facts((32, 32), examples=8), steps=5, batch=4)
     params = {"w": jnp.ones(3)}
     extra = {"teacher": params, "center": jnp.asarray(golden["center_before_0"][0])}
     for call in range(5):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxseg.losses import MULTICLASS, multiclass_loss
 from jaxseg.losses import multiclass as mc
 
 CLASSES, VOID = 5, 255
@@ -80,7 +81,7 @@ def _slow(name, logits, labels, valid, *, weights=(1,) * CLASSES, smoothing=0.0)
 def _loss(name, **options):
     if name == "hard_pixels":
         options = {"threshold": 0.1, "keep": 0.45} | options
-    return jax.jit(functools.partial(mc.MULTICLASS[name], **options))
+    return jax.jit(functools.partial(MULTICLASS[name], **options))
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def _value_and_grad(name):
     return jax.jit(jax.value_and_grad(lambda *a: _loss(name)(*a).sum()))
 
 
-@pytest.mark.parametrize("name", mc.MULTICLASS)
+@pytest.mark.parametrize("name", MULTICLASS)
 def test_equals_loops(name):
     logits, labels, valid = _case()
     labels[2], valid[2] = VOID, False
@@ -116,7 +117,7 @@ def test_class_weights_and_label_smoothing_equal_loops(name, smoothing):
     np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", mc.MULTICLASS)
+@pytest.mark.parametrize("name", MULTICLASS)
 def test_void_pixels_count_nowhere(name):
     logits, labels, valid = _case(seed=2)
     poisoned = logits.copy()
@@ -133,7 +134,7 @@ def test_void_pixels_count_nowhere(name):
     np.testing.assert_array_equal(gradient[~valid], 0.0)
 
 
-@pytest.mark.parametrize("name", mc.MULTICLASS)
+@pytest.mark.parametrize("name", MULTICLASS)
 def test_nothing_valid_gives_zero_and_zero_gradients(name):
     logits = np.full((3, 6, 7, CLASSES), np.nan, np.float32)
     labels = np.full((3, 6, 7), VOID, np.uint8)
@@ -142,7 +143,7 @@ def test_nothing_valid_gives_zero_and_zero_gradients(name):
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-@pytest.mark.parametrize("name", mc.MULTICLASS)
+@pytest.mark.parametrize("name", MULTICLASS)
 def test_extreme_logits_stay_finite(name):
     logits = np.zeros((3, 6, 7, CLASSES), np.float32)
     logits[0, ..., 0], logits[1, ..., 1], logits[2, ..., 1] = 1e4, 1e4, -1e4
@@ -151,7 +152,7 @@ def test_extreme_logits_stay_finite(name):
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", mc.MULTICLASS)
+@pytest.mark.parametrize("name", MULTICLASS)
 def test_gradients_equal_finite_differences(name):
     logits, labels, valid = _case(seed=5)
     gradient = _value_and_grad(name)(logits, labels, valid)[1][0]
@@ -233,7 +234,7 @@ def test_multiclass_loss_weighs_its_terms_and_passes_the_options_on():
     case = _case(seed=7)
     options = {"class_weights": WEIGHTS, "label_smoothing": 0.1}
     weights = {"cross_entropy": 2.0, "dice": 0.5, "focal": 0.0}
-    got = jax.jit(functools.partial(mc.multiclass_loss, weights=weights, **options))(*case)
+    got = jax.jit(functools.partial(multiclass_loss, weights=weights, **options))(*case)
     ce = _loss("cross_entropy", label_smoothing=0.1)(*case, class_weights=WEIGHTS)
     want = 2 * ce + 0.5 * _loss("dice")(*case)
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -242,7 +243,7 @@ def test_multiclass_loss_weighs_its_terms_and_passes_the_options_on():
 def test_unknown_losses_and_wrong_shapes_are_errors():
     logits, labels, valid = _case()
     with pytest.raises(ValueError, match=r"unknown losses \['ce'\]; allowed are .*cross_entropy"):
-        mc.multiclass_loss(logits, labels, valid, weights={"ce": 1.0})
+        multiclass_loss(logits, labels, valid, weights={"ce": 1.0})
     with pytest.raises(ValueError, match=r"labels and valid of shape \(3, 6, 7\)"):
         mc.cross_entropy(logits, labels[..., :2], valid[..., :2])
 

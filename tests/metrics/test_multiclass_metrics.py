@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 from sklearn import metrics as sklearn_metrics
 
 from jaxseg.metrics import binary as metrics
-from jaxseg.metrics import multiclass as multiclass_metrics as mc
+from jaxseg.metrics import multiclass as mc
 from jaxseg.ops.boundary import boundary_width
 
 VOID = 255

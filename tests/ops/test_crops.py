@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import ndimage, stats
 
-from jaxseg.ops import crops as views
+from jaxseg.ops import crops as ops
 from jaxseg.ops.crops import View, draw_view, draw_views
 
 LEVEL = 1 / 255
@@ -52,25 +52,25 @@ def test_enhancements_are_those_of_pillow(image, factor):
     # Pillow cuts off the blend's fraction (1 level) and rounds grey and its mean (half a level).
     rounding = 1 + 0.5 * abs(1 - factor)
     for ours, theirs in (
-        (views.adjust_brightness, ImageEnhance.Brightness),
-        (views.adjust_contrast, ImageEnhance.Contrast),
-        (views.adjust_saturation, ImageEnhance.Color),
+        (ops.adjust_brightness, ImageEnhance.Brightness),
+        (ops.adjust_contrast, ImageEnhance.Contrast),
+        (ops.adjust_saturation, ImageEnhance.Color),
     ):
         _assert_near(ours(x, factor), theirs(pillow).enhance(factor), rounding)
 
 
 def test_factor_one_changes_nothing():
     x = _float(_noise())
-    for adjust in (views.adjust_brightness, views.adjust_contrast, views.adjust_saturation):
+    for adjust in (ops.adjust_brightness, ops.adjust_contrast, ops.adjust_saturation):
         np.testing.assert_array_equal(adjust(x, 1.0), x)
 
 
 def test_gray_and_solarize_are_those_of_pillow():
     image = _noise()
-    gray = views.to_gray(_float(image))
+    gray = ops.to_gray(_float(image))
     _assert_near(gray[..., 0], Image.fromarray(image).convert("L"), 0.5)
     np.testing.assert_array_equal(gray, np.repeat(gray[..., :1], 3, axis=-1))
-    _assert_near(views.solarize(_float(image)), ImageOps.solarize(Image.fromarray(image), 128), 0)
+    _assert_near(ops.solarize(_float(image)), ImageOps.solarize(Image.fromarray(image), 128), 0)
 
 
 def _shift_hue(x, shift):
@@ -85,7 +85,7 @@ def _shift_hue(x, shift):
 def test_hue_is_shifted_in_hsv(shift):
     corners = np.array(list(itertools.product((0, 128, 255), repeat=3)), np.uint8)
     image = np.concatenate([_noise().reshape(-1, 3), corners])[None]
-    got = np.asarray(views.adjust_hue(_float(image), shift))
+    got = np.asarray(ops.adjust_hue(_float(image), shift))
     np.testing.assert_allclose(got, _shift_hue(_float(image), shift), atol=2e-6)
 
     # torchvision on Pillow images: 8 bits of hue are steps of 6 levels at full saturation, so
@@ -101,7 +101,7 @@ def test_hue_is_shifted_in_hsv(shift):
 def test_blur_is_gaussian(sigma):
     image = _smooth()
     x = _float(image)
-    got = np.asarray(views.gaussian_blur(x, sigma))
+    got = np.asarray(ops.gaussian_blur(x, sigma))
     exact = functools.partial(ndimage.gaussian_filter, x.astype(float), mode="nearest", axes=(0, 1))
     np.testing.assert_allclose(got, exact(sigma, radius=8), atol=1e-6)
     np.testing.assert_allclose(got, exact(sigma, radius=30), atol=3e-5)  # what the cut costs
@@ -113,10 +113,10 @@ def test_blur_is_gaussian(sigma):
 
 def test_blur_by_nothing_changes_nothing():
     x = _float(_noise())
-    np.testing.assert_array_equal(views.gaussian_blur(x, 0.0), x)
+    np.testing.assert_array_equal(ops.gaussian_blur(x, 0.0), x)
 
 
-_crop = jax.jit(views.resized_crop, static_argnums=2)
+_crop = jax.jit(ops.resized_crop, static_argnums=2)
 
 
 @pytest.mark.parametrize("size", [13, 31])
@@ -155,7 +155,7 @@ def test_the_centre_is_what_pillow_cuts_out(extent, share, edges):
     x = 0.3 + 0.4 * _float(_noise())
     canvas = np.ones((24, 28, 3), np.float32)  # what is not image would show
     canvas[: extent[0], : extent[1]] = x[: extent[0], : extent[1]]
-    got = views.center_crops(canvas[None], jnp.array([extent]), (12, 12), share=share)[0]
+    got = ops.center_crops(canvas[None], jnp.array([extent]), (12, 12), share=share)[0]
     for c in range(3):
         image = Image.fromarray(canvas[..., c]).crop(edges)
         want = image.resize((12, 12), Image.Resampling.BICUBIC)
@@ -183,7 +183,7 @@ def _torchvision_box(rng, height, width, scale, ratio):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _boxes(extent, scale, ratio):
     keys = jax.random.split(jax.random.key(0), 4000)
-    return jax.vmap(lambda key: views.crop_box(key, extent, scale, ratio))(keys)
+    return jax.vmap(lambda key: ops.crop_box(key, extent, scale, ratio))(keys)
 
 
 @pytest.mark.parametrize("extent", [(60, 80), (90, 31), (12, 300)])
@@ -235,7 +235,7 @@ def test_jitter_reaches_all_orders_alike():
     x = _float(_noise(8, 8, seed=2))
     numbers = np.full((draws, 6), 0.9, np.float32)  # order and place are drawn, the rest is given
     numbers[:, :2] = np.random.default_rng(0).random((draws, 2))
-    jitter = jax.jit(jax.vmap(lambda n: views._jitter(jnp.swapaxes(x, 1, 2), n, view)))
+    jitter = jax.jit(jax.vmap(lambda n: ops._jitter(jnp.swapaxes(x, 1, 2), n, view)))
     got = np.swapaxes(jitter(numbers), 2, 3)
 
     factor, shift = 0.1 + 0.9 * 1.8, -0.4 + 0.9 * 0.8
@@ -318,7 +318,7 @@ def _draw_noise(*changes, n=1):
     keys = jax.random.split(jax.random.key(0), n)
     draw = functools.partial(draw_views, views=[View(16, **(WHOLE | c)) for c in changes])
     crops = jax.jit(draw)(keys, jnp.tile(image, (n, 1, 1, 1)), jnp.full((n, 2), 24))
-    plain = views.resized_crop(_float(image), jnp.array([0, 0, 24, 24]), 16)
+    plain = ops.resized_crop(_float(image), jnp.array([0, 0, 24, 24]), 16)
     return [np.asarray(x) for x in (*crops, plain)]
 
 
@@ -327,9 +327,9 @@ def test_certain_outcomes():
     expected = (
         ({}, lambda x: x),
         ({"flip": 1.0}, lambda x: x[:, ::-1]),
-        ({"gray": 1.0}, views.to_gray),
-        ({"blur": 1.0, "blur_sigma": (1.5, 1.5)}, lambda x: views.gaussian_blur(x, 1.5)),
-        ({"solarize": 1.0}, views.solarize),
+        ({"gray": 1.0}, ops.to_gray),
+        ({"blur": 1.0, "blur_sigma": (1.5, 1.5)}, lambda x: ops.gaussian_blur(x, 1.5)),
+        ({"solarize": 1.0}, ops.solarize),
         ({"jitter": 1.0, **still}, lambda x: x),
     )
     *drawn, plain = _draw_noise(*(change for change, _ in expected))
@@ -340,8 +340,8 @@ def test_certain_outcomes():
 def test_flip_and_gray_happen_as_often_as_they_should():
     crops, plain = _draw_noise({"flip": 0.5, "gray": 0.2}, n=400)
     gray = np.ptp(crops, axis=-1).max((1, 2)) < 1e-5
-    mirrored = views.to_gray(plain)[:, ::-1]
-    flipped = np.abs(jax.vmap(views.to_gray)(crops) - mirrored).max((1, 2, 3)) < 1e-4
+    mirrored = ops.to_gray(plain)[:, ::-1]
+    flipped = np.abs(jax.vmap(ops.to_gray)(crops) - mirrored).max((1, 2, 3)) < 1e-4
     for happened, probability in ((flipped, 0.5), (gray, 0.2)):
         assert stats.binomtest(int(happened.sum()), 400, probability).pvalue > 1e-4
     table = [[(gray & flipped).sum(), (gray & ~flipped).sum()]]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from shared import shared_path
 
-from jaxseg.ops.pac import fast as pac_fast
 from jaxseg.ops.pac import (
     Kernel,
     pac_conv,
@@ -21,6 +20,7 @@ from jaxseg.ops.pac import (
     pac_upsample_nearest,
     smooth_guide,
 )
+from jaxseg.ops.pac import fast as fast_form
 
 FORMS = ("fast", "patches")
 GOLDEN = [f"conv{i}" for i in range(10)] + [f"transpose{i}" for i in range(6)]
@@ -151,8 +151,8 @@ KERNELS = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_brute_force(case, form, monkeypatch):
-    monkeypatch.setitem(pac_fast._BLOCK_BYTES, "cpu", 1)  # the smallest blocks, so several
-    pac_fast._make_plan.cache_clear()
+    monkeypatch.setitem(fast_form._BLOCK_BYTES, "cpu", 1)  # the smallest blocks, so several
+    fast_form._make_plan.cache_clear()
     mode, size, k, stride, padding, dilation, extra = CASES[case]
     kernel = KERNELS[case % len(KERNELS)]
     rng = np.random.default_rng(case)
@@ -182,15 +182,15 @@ def test_brute_force(case, form, monkeypatch):
     wanted = brute_force(x, guide, weight, window, kernel)
     arrays = [jnp.asarray(a, jnp.float32) for a in (x, guide, weight)]
     close(fast_to_compile(lambda *arrays: function(*arrays, **options))(*arrays), wanted, 1e-5)
-    pac_fast._make_plan.cache_clear()
+    fast_form._make_plan.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ("gaussian", "inverse"))
 @pytest.mark.parametrize("mode", ("conv", "transposed", "nearest"))
 def test_gradients_of_both_forms(mode, kind, monkeypatch):
     """For every input, among them a centre of its own, temperature, alpha and lambda."""
-    monkeypatch.setitem(pac_fast._BLOCK_BYTES, "cpu", 1)  # the smallest blocks, so several
-    pac_fast._make_plan.cache_clear()
+    monkeypatch.setitem(fast_form._BLOCK_BYTES, "cpu", 1)  # the smallest blocks, so several
+    fast_form._make_plan.cache_clear()
     rng = np.random.default_rng(0)
     size, guide_size = (9, 5), (9, 5) if mode == "conv" else (18, 10)
     inputs = {
@@ -224,7 +224,7 @@ def test_gradients_of_both_forms(mode, kind, monkeypatch):
     assert (np.abs(patches["alpha"]) > 0) == (kind == "inverse")
     for name in inputs:
         close(fast[name], patches[name], 2e-5)
-    pac_fast._make_plan.cache_clear()
+    fast_form._make_plan.cache_clear()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,40 +1,9 @@
-"""Confusion by counting, and figures that leave nothing behind."""
+"""Names, colours and cells that all pictures share, and a save that leaves nothing behind."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from PIL import Image
 
-from jaxseg.report import figures
-
-
-def test_confusion_by_counting():
-    rng = np.random.default_rng(0)
-    labels, predictions = rng.integers(3, size=60), rng.integers(4, size=60)
-    share = figures.confusion(labels, predictions, classes=4)
-    for row in range(3):
-        for column in range(4):
-            chosen = [p for label, p in zip(labels, predictions, strict=True) if label == row]
-            assert share[row, column] == pytest.approx(chosen.count(column) / len(chosen))
-    assert (share[3] == 0).all()  # A class that no image has.
-
-
-def test_confusion_errors():
-    with pytest.raises(ValueError, match="need two"):
-        figures.confusion([0, 1], [0], classes=2)
-    with pytest.raises(ValueError, match="need two"):
-        figures.confusion([], [], classes=2)
-    with pytest.raises(ValueError, match="must be in 0 to 1"):
-        figures.confusion([0, 2], [0, 1], classes=2)
-
-
-@pytest.mark.parametrize("classes", [3, 40])
-def test_confusion_picture(classes, tmp_path):
-    labels = np.arange(80) % classes
-    names = [f"class {i}" for i in range(classes)]
-    figures.plot_confusion(labels, labels, names, tmp_path / "deep" / "c.png")
-    assert np.asarray(Image.open(tmp_path / "deep" / "c.png").convert("RGB")).std() > 10
-    assert plt.get_fignums() == []  # No figure is kept by pyplot.
+from jaxseg.report import features, figures
 
 
 def test_a_failed_save_leaves_the_old_picture_alone(tmp_path):
@@ -58,7 +27,7 @@ def test_names_that_matplotlib_would_take_for_something_else(tmp_path):
         r"\$5_\$10",
         "a_very_long_nam…_its_end",
     ]
-    figures.plot_confusion([0, 1, 2], [0, 1, 2], names, tmp_path / "c.png")
+    features.plot_confusion([0, 1, 2], [0, 1, 2], names, tmp_path / "c.png")
     figure, axes = figures.make_grid(1, 1)
     handles = [axes[0, 0].scatter([], [], label=figures.written(name)) for name in names]
     assert len(axes[0, 0].legend(handles=handles).get_texts()) == 3

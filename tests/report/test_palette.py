@@ -1,8 +1,17 @@
-"""Colours that PASCAL VOC's development kit gives its classes."""
+"""Colours that PASCAL VOC's development kit gives its classes, and ours for errors."""
 
 import numpy as np
 
-from jaxseg.report.palette import colorize, overlay_classes, palette
+from jaxseg.report.palette import (
+    ADDED,
+    FOUND,
+    MISSED,
+    colorize,
+    error_picture,
+    overlay,
+    overlay_classes,
+    palette,
+)
 
 
 def test_colours_of_voc():
@@ -21,3 +30,21 @@ def test_void_is_drawn_and_background_stays_clear():
     np.testing.assert_array_equal(shown[0], [[100] * 3, [128, 0, 0], [100] * 3])
     everything = overlay_classes(image, mask, clear=None, opacity=1.0)
     np.testing.assert_array_equal(everything[0], [[0] * 3, [128, 0, 0], [100] * 3])
+
+
+def test_errors_of_an_object_by_hand():
+    image = np.full((1, 5, 3), 100, np.uint8)
+    mask, found = np.array([[0, 0, 1, 1, 255]], np.uint8), np.array([[0, 1, 0, 1, 1]], bool)
+    shown = error_picture(image, mask, found)
+    np.testing.assert_array_equal(shown[0], [[35] * 3, ADDED, MISSED, [35] * 3, [35] * 3])
+
+
+def test_overlay_tints_and_outlines():
+    image, found = np.zeros((7, 7, 3), np.uint8), np.zeros((7, 7), bool)
+    found[1:6, 1:6] = True
+    shown = overlay(image, found)
+    assert (shown[~found] == 0).all()
+    assert (shown[1, 1:6] == 255).all() and (shown[1:6, 5] == 255).all()
+    np.testing.assert_array_equal(shown[3, 3], np.array(FOUND) // 2)
+    # At the image's border there is no outline: the object goes on.
+    assert (overlay(image, np.ones((7, 7), bool))[0, 0] == np.array(FOUND) // 2).all()

@@ -1,8 +1,8 @@
 """Whole DINO steps against a NumPy restatement with gradients by finite differences."""
 
+import dataclasses
 import functools
 import math
-import types
 
 import flax
 import flax.linen as nn
@@ -12,45 +12,60 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from configs.dino import get_config
-from jaxseg.heads.projection import ProjectionHead
+from jaxseg.assembly import make_settings
+from jaxseg.backbones.backbone import backbone
 from jaxseg.ops.crops import View, draw_views
-from jaxseg.tasks.dino import DinoTask
-from jaxseg.train import loop, optim
-from jaxseg.train.schedules import cosine, staircase
+from jaxseg.schema import read_config
+from jaxseg.tasks import Dino, Facts
+from jaxseg.tasks.dino import DinoViews
+from jaxseg.train import loop
 
 STEPS, BATCH, OUTPUTS, HELD = 4, 4, 7, 2
 NONE = {"backbone": {}, "head": {}}  # no running statistics
-VIEWS = (View(8, (0.4, 1.0)), View(8, (0.4, 1.0), solarize=0.2), View(4, (0.1, 0.4)))
+# As `_task` asks for them.
+VIEWS = (View(16, (0.4, 1.0)), View(16, (0.4, 1.0), solarize=0.2), View(8, (0.1, 0.4)))
 
 
 class Pooled(nn.Module):
     """The smallest backbone: mean colour, then a linear layer."""
 
-    variant = types.SimpleNamespace(dim=5)
-
     @nn.compact
     def __call__(self, image, *, drop_keys_B=None, train=False):
-        return {"cls": nn.Dense(5, name="embed")(image.mean((1, 2)))}
+        return {"cls": nn.Dense(5, name="embed")(image.mean((1, 2))), "patches": image}
 
 
 def _task():
-    return DinoTask(
-        backbone=Pooled(),
-        head=ProjectionHead(OUTPUTS, hidden=4, bottleneck=3),
-        views=VIEWS,
-        normalization="imagenet",
-        student_temperature=0.1,
-        teacher_temperature=staircase(0.04, 0.07, 2, steps_per_epoch=2),
-        momentum=cosine(0.9, 1.0, STEPS),
-        center_momentum=0.8,
+    views = DinoViews(
+        global_size=16,
+        local_size=8,
+        local_scale=(0.1, 0.4),
+        local_count=1,
+        blur=(0.0, 0.0, 0.0),
+        solarize=(0.0, 0.2, 0.0),
     )
+    task = Dino(
+        backbone(Pooled()),
+        views,
+        outputs=OUTPUTS,
+        hidden=4,
+        bottleneck=3,
+        teacher_temperature=0.07,
+        warmup_teacher_temperature=0.04,
+        warmup_teacher_epochs=2,
+        momentum=0.9,
+        center_momentum=0.8,
+        freeze_last_layer=1.0,
+    )
+    # Two steps an epoch.
+    return task.with_facts(Facts((16, 12), examples=2 * BATCH), steps=STEPS, batch=BATCH)
 
 
-def _optim_config():
-    config = get_config().optim
-    config.update(lr=0.02, lr_batch=0, warmup=0.25, final_lr=1e-3, clip_each=0.05)
-    return config
+def _optimizer(task):
+    recipe = make_settings(read_config("dino")).recipe
+    changes = dict(lr=0.02, lr_batch=0, warmup=0.25, final_lr=1e-3, clip_each=0.05)
+    hold, steps = task.held
+    assert steps == HELD
+    return dataclasses.replace(recipe, **changes).optimizer(STEPS, hold=hold, hold_steps=steps)
 
 
 def _params():
@@ -73,11 +88,8 @@ def _batches():
 
 @functools.cache
 def _run(accumulate):
-    task, config = _task(), _optim_config()
-    schedule = optim.make_schedule(config, STEPS)
-    optimizer = optim.make_optimizer(
-        config, schedule, steps=STEPS, hold="last_layer", hold_steps=HELD
-    )
+    task = _task()
+    optimizer = _optimizer(task)
     step = jax.jit(loop.make_train_step(task, optimizer, seed=3, accumulate=accumulate))
     state = loop.make_state(task, _params(), optimizer)
     history = []
@@ -145,11 +157,12 @@ def _restated():
     teacher, center = {k: v.copy() for k, v in p.items()}, np.zeros(OUTPUTS)
     moments = {k: (np.zeros_like(v), np.zeros_like(v), 0) for k, v in p.items()}
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    draw = jax.jit(functools.partial(draw_views, views=VIEWS))
     history = []
     for step, batch in enumerate(_batches()):
         rng = jax.random.fold_in(jax.random.key(3), step)
         keys = [jax.random.split(jax.random.fold_in(rng, row))[0] for row in batch["row"]]
-        views = draw_views(jnp.stack(keys), batch["image"], batch["extent"], VIEWS)
+        views = draw(jnp.stack(keys), batch["image"], batch["extent"])
         views = [(np.asarray(v, np.float64) - mean) / std for v in views]
         tau = 0.04 if step < 2 else 0.07
         logits = [_network(teacher, v) for v in views[:2]]

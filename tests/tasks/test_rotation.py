@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxseg.networks.segmenter import NORMALIZATIONS
-from jaxseg.ops.crops import View
-from jaxseg.tasks.rotation import RotationTask
+from jaxseg.backbones.backbone import backbone
+from jaxseg.nn.normalize import NORMALIZATIONS
+from jaxseg.tasks import Rotation
+from jaxseg.tasks.rotation import RotationViews
 
-SIDE = 6
+SIDE = 8
 # The whole square image, as it is: what is left are the rotations.
-VIEW = View(SIDE, (1.0, 1.0), (1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0)
+VIEW = RotationViews(flip=0.0, jitter=0.0, gray=0.0, size=SIDE, scale=(1.0, 1.0))
 
 
 class _Flat(nn.Module):
@@ -20,7 +21,8 @@ class _Flat(nn.Module):
 
     @nn.compact
     def __call__(self, image, *, train=False, drop_keys_B=None):
-        return {"cls": nn.Dense(5, name="matrix")(image.reshape(len(image), -1))}
+        cls = nn.Dense(5, name="matrix")(image.reshape(len(image), -1))
+        return {"cls": cls, "patches": image}
 
 
 def _log_softmax(x):
@@ -30,7 +32,7 @@ def _log_softmax(x):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_loss_and_accuracy_are_those_of_a_loop(train):
-    task = RotationTask(_Flat(), VIEW, "imagenet")
+    task = Rotation(backbone(_Flat()), VIEW)
     params = task.init(jax.random.key(0))
     images = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), np.uint8)
     valid = np.array([True, True, False, True])

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxseg import checksums
 from jaxseg.checksums import CheckpointError
 from jaxseg.train import checkpoint
 from jaxseg.train.checkpoint import Checkpointer
+from jaxseg.train.state import ScoredState, TrainState
 
 
 def _state(value: float):
@@ -109,3 +111,46 @@ def test_frozen_parameters_come_back_and_are_checked(tmp_path):
     np.testing.assert_array_equal(back["backbone"]["w"], frozen["backbone"]["w"])
     with pytest.raises(CheckpointError, match="missing"):
         checkpoint.restore_frozen(tmp_path / "other", frozen)
+
+
+def _trained(optimizer, params, step):
+    """The state of a run at `step`, with an average and an extra state."""
+    half = jax.tree.map(lambda x: x / 2, params)
+    return TrainState(jnp.int32(step), params, half, {"seen": params}, optimizer.init(params))
+
+
+def test_what_is_scored_is_read_without_the_optimisers_state(tmp_path):
+    params = {"head": _state(3)["params"]}
+    saver = Checkpointer(tmp_path)
+    saver.save(_trained(optax.adam(1e-3), params, 3), 3)
+    saver.wait()
+    saver.close()
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    like = ScoredState(jnp.int32(0), zeros, zeros, {"seen": zeros})
+    reader = Checkpointer(tmp_path, read_only=True)
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        reader.restore(_trained(optax.sgd(1e-3), zeros, 0))  # a state of another optimiser
+    state, step = reader.restore(like, whole=False)
+    assert step == 3 and int(state.step) == 3
+    np.testing.assert_array_equal(state.params["head"]["w"], params["head"]["w"])
+    np.testing.assert_array_equal(state.best_params["head"]["w"], params["head"]["w"] / 2)
+    np.testing.assert_array_equal(state.extra["seen"]["head"]["w"], params["head"]["w"])
+
+
+def test_arrays_that_are_scored_are_checked_too(tmp_path):
+    params = _state(1)["params"]
+    saver = Checkpointer(tmp_path)
+    saver.save(_trained(optax.sgd(1e-3), params, 1), 1)
+    saver.wait()
+    reader = Checkpointer(tmp_path, read_only=True)
+    more = {**params, "b": jnp.zeros(3)}
+    with pytest.raises(CheckpointError, match="belong to another model"):
+        reader.restore(ScoredState(jnp.int32(0), more, more, None), whole=False)
+    file = _largest_file(tmp_path / "checkpoints" / "1")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+    like = ScoredState(jnp.int32(0), params, params, {"seen": params})
+    with pytest.raises(CheckpointError, match="damaged"):
+        reader.restore(like, whole=False)

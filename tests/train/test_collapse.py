@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs.dino import get_config
-from jaxseg import pretrain
-from jaxseg.data.drawn import shapes
+from jaxseg.assembly import make_settings, make_task
 from jaxseg.backbones.vit import Variant
+from jaxseg.data import Shapes
+from jaxseg.schema import read_config
+from jaxseg.tasks import Facts
 from jaxseg.train import loop
 from jaxseg.train.collapse import MESSAGES, CollapseMonitor
 
@@ -24,13 +25,13 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def images():
-    source = shapes.Shapes("train", size=(64, 64), length=EPOCH * BATCH // 4)
+    source = Shapes("", "train", size=(64, 64), length=EPOCH * BATCH // 4)
     return np.stack([source[i]["image"][::2, ::2] for i in range(len(source))])
 
 
 def _run(images, changes, monitor):
     """`STEPS` steps of a small run; the last layer is let go after `EPOCH`."""
-    config = get_config("small")
+    config = read_config("dino:small")
     settings = {
         "views.local_count": 1,
         "dino.hidden": 64,
@@ -41,9 +42,12 @@ def _run(images, changes, monitor):
         "train.batch": BATCH,
     }
     config.update_from_flattened_dict(settings | changes)
-    horizon = dict(steps=5 * STEPS, examples=EPOCH * BATCH)
-    task = pretrain.make_task(config, VARIANT, **horizon)
-    optimizer, _ = pretrain.make_optimizer(config, **horizon)
+    facts = Facts((32, 32), examples=EPOCH * BATCH)
+    task = make_task(config, (), variant=VARIANT)
+    task = task.with_facts(facts, steps=5 * STEPS, batch=BATCH)
+    hold, hold_steps = task.held
+    recipe = make_settings(config).recipe
+    optimizer = recipe.optimizer(5 * STEPS, batch=BATCH, hold=hold, hold_steps=hold_steps)
     state = loop.make_state(task, jax.jit(task.init)(jax.random.key(0)), optimizer)
     step_fn = jax.jit(loop.make_train_step(task, optimizer, seed=0), donate_argnums=0)
     losses = []

@@ -5,20 +5,17 @@ import numpy as np
 import optax
 import pytest
 
-from configs.common import get_segmentation_config
-from jaxseg.train import optim
+from jaxseg.train.optim import Recipe
 from jaxseg.train.schedules import staircase
 from jaxseg.train.state import merge_params, split_params
+from jaxseg.train.updates import clip_each
 
-
-def _config(**changes):
-    config = get_segmentation_config().optim
-    config.update(changes)
-    return config
+# The learning rate of `lr` in every step.
+CONSTANT = dict(schedule="constant", warmup=0.0)
 
 
 def test_cosine_with_warmup_follows_the_formula():
-    schedule = optim.make_schedule(_config(lr=2.0, schedule="cosine", warmup=0.1), 100)
+    schedule = Recipe(lr=2.0, schedule="cosine", warmup=0.1).learning_rate(100)
     for step in range(100):
         if step < 10:
             want = 2.0 * (step + 1) / 10
@@ -28,17 +25,16 @@ def test_cosine_with_warmup_follows_the_formula():
 
 
 def test_poly_and_constant():
-    poly = optim.make_schedule(_config(lr=1.0, schedule="poly", warmup=0.0), 10)
+    poly = Recipe(lr=1.0, schedule="poly", warmup=0.0).learning_rate(10)
     assert [float(poly(s)) for s in (0, 5, 10)] == pytest.approx([1.0, 0.5**0.9, 0.0])
-    constant = optim.make_schedule(_config(lr=0.3, schedule="constant", warmup=0.0), 10)
+    constant = Recipe(lr=0.3, schedule="constant", warmup=0.0).learning_rate(10)
     assert float(constant(0)) == float(constant(9)) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_weight_decay_spares_vectors(name):
     params = {"layer": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
-    config = _config(name=name, weight_decay=0.1, clip_norm=0.0)
-    optimizer = optim.make_optimizer(config, optax.constant_schedule(0.5))
+    optimizer = Recipe(name, 0.5, weight_decay=0.1, clip_norm=0.0, **CONSTANT).optimizer(1)
     zeros = {"layer": {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros(8)}}
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["layer"]["kernel"], -0.05, rtol=1e-5)
@@ -47,8 +43,7 @@ def test_weight_decay_spares_vectors(name):
 
 def test_clipping_bounds_the_global_norm():
     params = {"w": jnp.zeros((3, 3))}
-    config = _config(name="sgd", weight_decay=0.0, clip_norm=1.0)
-    optimizer = optim.make_optimizer(config, optax.constant_schedule(1.0))
+    optimizer = Recipe("sgd", 1.0, weight_decay=0.0, clip_norm=1.0, **CONSTANT).optimizer(1)
     updates, _ = optimizer.update({"w": jnp.full((3, 3), 50.0)}, optimizer.init(params), params)
     assert float(jnp.linalg.norm(updates["w"])) == pytest.approx(1.0, rel=1e-5)
 
@@ -62,8 +57,7 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
             "bias": jnp.asarray(rng.normal(size=8), jnp.float32),
         }
     }
-    config = _config(name="muon", weight_decay=0.0, clip_norm=0.0)
-    optimizer = optim.make_optimizer(config, optax.constant_schedule(1.0))
+    optimizer = Recipe("muon", 1.0, weight_decay=0.0, clip_norm=0.0, **CONSTANT).optimizer(1)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     matrix = np.asarray(updates["conv"]["kernel"]).reshape(18, 8)
     singular = np.linalg.svd(matrix, compute_uv=False)
@@ -84,8 +78,8 @@ def test_split_and_merge_are_inverse():
 
 
 def test_dinos_schedules():
-    config = _config(lr=5e-4, lr_batch=256, schedule="cosine", warmup=0.1, final_lr=1e-6)
-    schedule = optim.make_schedule(config, 200, batch=1024)
+    recipe = Recipe(lr=5e-4, lr_batch=256, schedule="cosine", warmup=0.1, final_lr=1e-6)
+    schedule = recipe.learning_rate(200, batch=1024)
     assert float(schedule(19)) == pytest.approx(2e-3)  # the peak, four times 5e-4
     assert float(schedule(0)) == pytest.approx(1e-4)
     middle = 1e-6 + 0.5 * (2e-3 - 1e-6) * (1 + np.cos(np.pi * 90 / 180))
@@ -104,8 +98,8 @@ def test_teacher_temperature_warms_up_epoch_by_epoch():
 
 def test_weight_decay_follows_its_cosine():
     params = {"w": jnp.ones((2, 2))}
-    config = _config(name="adamw", weight_decay=0.04, weight_decay_end=0.4, clip_norm=0.0)
-    optimizer = optim.make_optimizer(config, optax.constant_schedule(1.0), steps=10)
+    decay = dict(weight_decay=0.04, weight_decay_end=0.4)
+    optimizer = Recipe("adamw", 1.0, **decay, clip_norm=0.0, **CONSTANT).optimizer(10)
     state = optimizer.init(params)
     for step in range(11):
         updates, state = optimizer.update({"w": jnp.zeros((2, 2))}, state, params)
@@ -115,7 +109,7 @@ def test_weight_decay_follows_its_cosine():
 
 def test_each_tensor_is_clipped_by_itself():
     grads = {"a": jnp.full((4,), 3.0), "b": jnp.full((4,), 0.1)}
-    clipped, _ = optim.clip_each(3.0).update(grads, optax.EmptyState())
+    clipped, _ = clip_each(3.0).update(grads, optax.EmptyState())
     np.testing.assert_allclose(clipped["a"], 1.5, rtol=1e-5)
     np.testing.assert_array_equal(clipped["b"], grads["b"])
 
@@ -125,7 +119,7 @@ def test_what_is_held_ends_as_if_it_had_begun_later(name):
     """A held tensor's steps are those of a run that starts when it is let go."""
     rng = np.random.default_rng(0)
     grads = [{"last": g} for g in rng.normal(size=(6, 5, 4)).astype(np.float32)]
-    config = _config(name=name, weight_decay=0.1, clip_norm=0.0)
+    recipe = Recipe(name, 0.1, weight_decay=0.1, clip_norm=0.0, **CONSTANT)
 
     def run(optimizer, params, grads):
         state = optimizer.init(params)
@@ -135,10 +129,9 @@ def test_what_is_held_ends_as_if_it_had_begun_later(name):
         return params
 
     params = {"last": jnp.ones((5, 4))}
-    constant = optax.constant_schedule(0.1)
-    held = optim.make_optimizer(config, constant, hold="last", hold_steps=4)
+    held = recipe.optimizer(6, hold="last", hold_steps=4)
     found = run(held, params, grads)
-    expected = run(optim.make_optimizer(config, constant), params, grads[4:])
+    expected = run(recipe.optimizer(6), params, grads[4:])
     np.testing.assert_allclose(found["last"], expected["last"], rtol=1e-6)
     np.testing.assert_array_equal(run(held, params, grads[:4])["last"], params["last"])
 
@@ -150,8 +143,9 @@ def test_lower_layers_learn_more_slowly():
         "backbone": {**{n: {"bias": jnp.ones(3)} for (n,) in names}, "norm": {"bias": jnp.ones(3)}},
         "head": {"blocks_0": {"bias": jnp.ones(3)}},
     }
-    config = _config(name="sgd", layer_decay=0.5, clip_norm=0.0, weight_decay=0.0)
-    optimizer = optim.make_optimizer(config, optax.constant_schedule(1.0), layers=names)
+    layers = [tuple(f"backbone/{n}" for n in layer) for layer in names]
+    recipe = Recipe("sgd", 1.0, layer_decay=0.5, clip_norm=0.0, weight_decay=0.0, **CONSTANT)
+    optimizer = recipe.optimizer(1, layers=layers)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     got = {k: float(v["bias"][0]) for k, v in updates["backbone"].items()}
     assert got == pytest.approx({"embed": -0.125, "blocks_0": -0.25, "blocks_1": -0.5, "norm": -1})

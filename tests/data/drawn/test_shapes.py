@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxseg.data import shapes, shapes_draw, shapes_forms
+from jaxseg.data import DataError
+from jaxseg.data.drawn import draw, forms, shapes
 from jaxseg.data.drawn.shapes import Shapes
 
 HERE = Path(__file__).resolve().parent
@@ -22,7 +23,7 @@ def _digest(source, indices):
 
 
 def _stack(split, n):
-    examples = [Shapes(split)[i] for i in range(n)]
+    examples = [Shapes(part=split)[i] for i in range(n)]
     images = np.stack([e["image"] for e in examples])
     return images, np.stack([e["mask"] for e in examples]).astype(bool)
 
@@ -55,7 +56,7 @@ def _bayes_iou(code, mask, test_code, test_mask):
 
 
 def test_an_example():
-    source = Shapes("val")
+    source = Shapes(part="val")
     example = source[3]
     assert source.categories == ("fish",) and len(source) == 200
     assert example["image"].shape == (128, 128, 3) and example["image"].dtype == np.uint8
@@ -65,35 +66,54 @@ def test_an_example():
 
 
 def test_lengths_and_ends():
-    assert [len(Shapes(s)) for s in ("train", "val", "test")] == [2000, 200, 300]
-    source = Shapes("train", length=3, categories=("fish",))
+    assert [len(Shapes(part=s)) for s in ("train", "val", "test")] == [2000, 200, 300]
+    source = Shapes(part="train", length=3, categories=("fish",))
     assert len(list(source)) == 3
     np.testing.assert_array_equal(source[-1]["image"], source[2]["image"])
     with pytest.raises(IndexError, match="example 3 of 3"):
         source[3]
 
 
+def test_the_other_splits_of_a_source():
+    source = Shapes(size=(48, 32), length=3, seed=4)
+    other = source.split("val")
+    assert len(other) == 200 and len(other.split("train")) == 3
+    np.testing.assert_array_equal(
+        other[1]["image"], Shapes("", "val", (48, 32), seed=4)[1]["image"]
+    )
+
+
+def test_sizes_need_no_drawing(monkeypatch):
+    monkeypatch.setattr(Shapes, "_draw", lambda *_: pytest.fail("drawn"))
+    assert Shapes(part="val").sizes() == [(128, 128)] * 200
+    assert Shapes(size=(64, 48), length=2).sizes() == [(64, 48)] * 2
+
+
 @pytest.mark.parametrize("size", [(64, 64), (128, 224), (96, 50), (160, 112)])
 def test_any_size(size):
-    example = Shapes("train", size=size)[1]
+    example = Shapes(part="train", size=size)[1]
     assert example["image"].shape == (*size, 3) and example["mask"].shape == size
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(split="tset"), "unknown split 'tset' of shapes; allowed: train, val, test"),
+        (dict(part="tset"), "unknown split 'tset' of shapes; allowed: train, val, test"),
         (
-            dict(split="val", categories=("fish", "dog")),
+            dict(part="val", categories=("fish", "dog")),
             "unknown category 'dog' of shapes; allowed: fish",
         ),
-        (dict(split="val", size=(16, 128)), r"size of shapes is \(16, 128\); allowed"),
-        (dict(split="val", length=-1), "length -1, seed 0 of shapes; allowed"),
-        (dict(split="val", seed=-5), "length 200, seed -5 of shapes; allowed"),
+        (dict(part="val", size=(16, 128)), r"size of shapes is \(16, 128\); allowed"),
+        (dict(part="val", length=-1), "length -1, seed 0 of shapes; allowed"),
+        (
+            dict(root="photos"),
+            "data.root is 'photos', but these data draw their own images .shapes.",
+        ),
+        (dict(part="val", seed=-5), "length 200, seed -5 of shapes; allowed"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         Shapes(**arguments)
 
 
@@ -101,7 +121,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_same_in_any_order_twice_and_pickled():
-    first, second = Shapes("test"), Shapes("test")
+    first, second = Shapes(part="test"), Shapes(part="test")
     backwards = {i: second[i] for i in (4, 2, 0)}
     copy = pickle.loads(pickle.dumps(second))
     for i, example in backwards.items():
@@ -111,23 +131,23 @@ def test_same_in_any_order_twice_and_pickled():
 
 
 def test_a_caller_may_write_into_an_example():
-    source = Shapes("val")
+    source = Shapes(part="val")
     clean = source[0]["image"].copy()
     source[0]["image"][:] = 0
     np.testing.assert_array_equal(source[0]["image"], clean)
 
 
 def test_threads_agree():
-    source = Shapes("val")
+    source = Shapes(part="val")
     with ThreadPoolExecutor(4) as pool:
         drawn = list(pool.map(lambda i: source[i % 8]["image"], range(32)))
     for i, image in enumerate(drawn):
-        np.testing.assert_array_equal(image, Shapes("val")[i % 8]["image"])
+        np.testing.assert_array_equal(image, Shapes(part="val")[i % 8]["image"])
 
 
 def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(shapes, "MEMORY", 4 * 128 * 128 * 3)
-    source = Shapes("val")
+    source = Shapes(part="val")
     for i in range(6):
         source[i]
     assert len(source._kept) == 3
@@ -136,21 +156,21 @@ def test_memory_is_bounded(monkeypatch):
 def test_another_process_draws_the_same():
     code = (
         f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parents[1])]!r};"
-        "from test_shapes import Shapes, _digest; print(_digest(Shapes('train'), (0, 7, 1999)))"
+        "from test_shapes import Shapes, _digest; print(_digest(Shapes(part='train'), (0, 7, 1999)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == _digest(Shapes("train"), (0, 7, 1999))
+    assert out.stdout.strip() == _digest(Shapes(part="train"), (0, 7, 1999))
 
 
 def test_random_numbers_are_pinned():
-    dice = shapes_forms.Dice(0, 1, 2)
+    dice = forms.Dice(0, 1, 2)
     bits = np.random.PCG64(np.random.SeedSequence((0, 1, 2))).random_raw(512)
     assert dice.uniform() == (int(bits[-1]) >> 11) / 2**53
-    assert shapes_forms.Dice(7).many(1)[0] == pytest.approx(0.6250954, abs=1e-7)
+    assert forms.Dice(7).many(1)[0] == pytest.approx(0.6250954, abs=1e-7)
 
 
 def test_splits_and_seeds_differ():
-    sources = [Shapes(s, seed=k) for s in ("train", "val", "test") for k in (0, 1)]
+    sources = [Shapes(part=s, seed=k) for s in ("train", "val", "test") for k in (0, 1)]
     digests = {_digest(source, [i]) for source in sources for i in range(5)}
     assert len(digests) == 30
 
@@ -161,7 +181,7 @@ def test_splits_and_seeds_differ():
 def _recorded(monkeypatch, key, size):
     """Draw a scene; also return what was painted, from back to front: (shape, pose, fish?)."""
     items, fish_shapes = [], set()
-    paint, fish = shapes_draw.Canvas.paint, shapes_forms.fish
+    paint, fish = draw.Canvas.paint, forms.fish
 
     def recording_paint(canvas, dice, shape, skin, pose, number, keep):
         pixels = paint(canvas, dice, shape, skin, pose, number, keep)
@@ -176,9 +196,9 @@ def _recorded(monkeypatch, key, size):
         return shape
 
     items_alive = []  # so that no id is used twice
-    monkeypatch.setattr(shapes_draw.Canvas, "paint", recording_paint)
-    monkeypatch.setattr(shapes_forms, "fish", recording_fish)
-    _, kinds = shapes.draw_scene(shapes_forms.Dice(*key), size)
+    monkeypatch.setattr(draw.Canvas, "paint", recording_paint)
+    monkeypatch.setattr(forms, "fish", recording_fish)
+    _, kinds = shapes.draw_scene(forms.Dice(*key), size)
     monkeypatch.undo()
     return kinds == 1 + shapes.KINDS.index("fish"), items
 
@@ -211,26 +231,29 @@ def test_mask_is_the_frontmost_item_at_each_pixel(monkeypatch, key):
 
 def test_masks_do_not_depend_on_resolution():
     scores = [
-        _iou(Shapes("val", size=(256, 256))[i]["mask"][::2, ::2] > 0, Shapes("val")[i]["mask"] > 0)
+        _iou(
+            Shapes(part="val", size=(256, 256))[i]["mask"][::2, ::2] > 0,
+            Shapes(part="val")[i]["mask"] > 0,
+        )
         for i in range(12)
-        if Shapes("val")[i]["mask"].any()
+        if Shapes(part="val")[i]["mask"].any()
     ]
     assert np.median(scores) > 0.95
 
 
 def test_masks_are_binary_and_fish_are_of_useful_size(train):
     _, masks = train
-    assert set(np.unique(Shapes("train")[0]["mask"])) == {0, 1}
+    assert set(np.unique(Shapes(part="train")[0]["mask"])) == {0, 1}
     area = masks.mean((1, 2))
     assert 0.02 < np.mean(area == 0) < 0.16
     assert 0.05 < np.percentile(area[area > 0], 5) and np.percentile(area, 95) < 0.25
 
 
-@pytest.mark.parametrize("form", [*dict.fromkeys(shapes_forms.DISTRACTORS), shapes_forms.fish])
+@pytest.mark.parametrize("form", [*dict.fromkeys(forms.DISTRACTORS), forms.fish])
 def test_no_form_exceeds_its_reach(form):
     angle = np.linspace(0, 2 * np.pi, 721)
     for seed in range(40):
-        shape = form(shapes_forms.Dice(seed))
+        shape = form(forms.Dice(seed))
         for bend in (-0.2, 0.0, 0.2):
             for radius in (shape.reach, shape.reach + 0.3):
                 x, y = radius * np.cos(angle), radius * np.sin(angle)
@@ -274,7 +297,7 @@ def test_detail_is_below_a_patch(train):
 
 
 def test_drawing_is_fast():
-    source = Shapes("test", seed=9)
+    source = Shapes(part="test", seed=9)
     source[0]
     times = []
     for i in range(1, 21):
@@ -286,20 +309,20 @@ def test_drawing_is_fast():
 
 def test_scenes_are_the_same_images_with_every_kind():
     for index in range(5):
-        fish = shapes.Shapes("val")[index]
-        scene = shapes.Scenes("val")[index]
+        fish = shapes.Shapes(part="val")[index]
+        scene = shapes.Scenes(part="val")[index]
         np.testing.assert_array_equal(scene["image"], fish["image"])
-        number = shapes.Scenes.mask_names.index("fish")
+        number = shapes.Scenes.names.index("fish")
         np.testing.assert_array_equal(scene["mask"] == number, fish["mask"] == 1)
         # Something else is there as well, and no value has no name.
         others = set(np.unique(scene["mask"])) - {0, number}
-        assert others and max(others) < len(shapes.Scenes.mask_names)
+        assert others and max(others) < len(shapes.Scenes.names)
 
 
 def test_every_kind_occurs_in_scenes():
-    source = shapes.Scenes("val", size=(64, 64))
+    source = shapes.Scenes(part="val", size=(64, 64))
     found = set().union(*(np.unique(source[i]["mask"]) for i in range(60)))
-    assert found == set(range(len(source.mask_names)))
+    assert found == set(range(len(source.names)))
 
 
 def test_a_shoal_is_of_one_kind_and_all_kinds_are_equally_frequent(monkeypatch):
@@ -313,8 +336,8 @@ def test_a_shoal_is_of_one_kind_and_all_kinds_are_equally_frequent(monkeypatch):
         return draw
 
     for kind in shapes.KINDS:
-        monkeypatch.setattr(shapes_forms, kind, recorded(kind, getattr(shapes_forms, kind)))
-    source = shapes.Kinds("val", length=2 * len(shapes.KINDS))
+        monkeypatch.setattr(forms, kind, recorded(kind, getattr(forms, kind)))
+    source = shapes.Kinds(length=2 * len(shapes.KINDS))
     counts = np.zeros(len(shapes.KINDS), int)
     for i in range(len(source)):
         drawn.clear()

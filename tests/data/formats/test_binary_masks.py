@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from shared import shared_path
 
-from jaxseg.data import DataError, Folder, list_images, write_image, write_mask
+from jaxseg.data import BinaryMasks, DataError, list_images, write_image, write_mask
 
 SHAPE = (6, 8)
 
@@ -33,7 +33,7 @@ def root(tmp_path):
 
 
 def test_categories(root):
-    source = Folder(root, "train")
+    source = BinaryMasks(root, "train")
     assert source.categories == ("cat", "dog")
     assert [source[i]["name"] for i in range(len(source))] == ["cat/a", "cat/b", "dog/a"]
     assert [source[i]["category"] for i in range(3)] == [0, 0, 1]
@@ -41,21 +41,21 @@ def test_categories(root):
     assert source[0]["image"].shape == (*SHAPE, 3) and source[0]["mask"].shape == SHAPE
     assert source[0]["mask"].dtype == np.uint8
     assert source[0]["mask"][0].all() and not source[0]["mask"][1:].any()
-    assert len(Folder(root, "test")) == 1
+    assert len(BinaryMasks(root, "test")) == 1
 
 
 def test_selected_categories(root):
-    source = Folder(root, "train", categories=["dog"])
+    source = BinaryMasks(root, "train", categories=["dog"])
     assert source.categories == ("dog",) and len(source) == 1 and source[0]["category"] == 0
     with pytest.raises(DataError, match="no category cow; available: cat, dog"):
-        Folder(root, "train", categories=["cow", "dog"])
+        BinaryMasks(root, "train", categories=["cow", "dog"])
 
 
 def test_sizes(root):
-    assert Folder(root, "train").sizes() == [SHAPE] * 3
+    assert BinaryMasks(root, "train").sizes() == [SHAPE] * 3
     put(root / "train" / "dog", "z", mask=None, shape=(5, 5))
     shutil.copy(root / "train/dog/annotations/a.png", root / "train/dog/annotations/z.png")
-    source = Folder(root, "train")
+    source = BinaryMasks(root, "train")
     expected = r"annotations.z\.png is 8x6 but its image .*images.z\.png is 5x5"
     with pytest.raises(DataError, match=expected):
         source.sizes()
@@ -64,7 +64,7 @@ def test_sizes(root):
 
 
 def test_can_be_sent_to_workers(root):
-    source = pickle.loads(pickle.dumps(Folder(root, "train")))
+    source = pickle.loads(pickle.dumps(BinaryMasks(root, "train")))
     assert source[2]["name"] == "dog/a"
 
 
@@ -72,13 +72,13 @@ def test_can_be_sent_to_workers(root):
 def test_split_folders_without_categories(tmp_path, masks):
     put(tmp_path / "train", "a", masks=masks)
     put(tmp_path / "val", "b", masks=masks)
-    source = Folder(tmp_path, "val")
+    source = BinaryMasks(tmp_path, "val")
     assert source.categories == ("object",)
     assert source[0]["name"] == "b" and source[0]["category"] == 0
     with pytest.raises(DataError, match="no split 'test': it has train, val"):
-        Folder(tmp_path, "test")
+        BinaryMasks(tmp_path, "test")
     with pytest.raises(DataError, match="available: object"):
-        Folder(tmp_path, "val", categories=["dog"])
+        BinaryMasks(tmp_path, "val", categories=["dog"])
 
 
 @pytest.mark.parametrize("count, expected", [(3, (1, 1, 1)), (10, (8, 1, 1)), (40, (32, 4, 4))])
@@ -87,7 +87,7 @@ def test_flat_folders_are_split_by_hash(tmp_path, count, expected):
         put(tmp_path, f"img{i}", masks="masks", value=i)
     names = {}
     for split in ("train", "val", "test"):
-        source = Folder(tmp_path, split)
+        source = BinaryMasks(tmp_path, split)
         names[split] = [source[i]["name"] for i in range(len(source))]
         assert source.categories == ("object",)
     assert tuple(map(len, names.values())) == expected
@@ -98,15 +98,15 @@ def test_flat_split_is_pinned(tmp_path):
     """Scores on `test` are comparable only while this holds."""
     for i in range(10):
         put(tmp_path, f"img{i}", masks="masks")
-    assert Folder(tmp_path, "test")[0]["name"] == "img6"
-    assert Folder(tmp_path, "val")[0]["name"] == "img5"
+    assert BinaryMasks(tmp_path, "test")[0]["name"] == "img6"
+    assert BinaryMasks(tmp_path, "val")[0]["name"] == "img5"
 
 
 def test_too_few_to_split(tmp_path):
     put(tmp_path, "a")
     put(tmp_path, "b")
     with pytest.raises(DataError, match="2 images cannot be split into train, val, test"):
-        Folder(tmp_path, "train")
+        BinaryMasks(tmp_path, "train")
 
 
 def test_hidden_and_other_files_are_ignored(root):
@@ -114,74 +114,74 @@ def test_hidden_and_other_files_are_ignored(root):
         (root / "train/cat/images" / name).write_bytes(b"?")
     (root / "train/.git/images").mkdir(parents=True)
     (root / ".cache").mkdir()
-    assert len(Folder(root, "train")) == 3
+    assert len(BinaryMasks(root, "train")) == 3
 
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(DataError, match="data.root is empty"):
-        Folder("", "train")
+        BinaryMasks("", "train")
     with pytest.raises(DataError, match=r"nowhere: no such data folder; expected <split>"):
-        Folder(tmp_path / "nowhere", "train")
+        BinaryMasks(tmp_path / "nowhere", "train")
     with pytest.raises(DataError, match="has no folders in it; expected <split>"):
-        Folder(tmp_path, "train")
+        BinaryMasks(tmp_path, "train")
     (tmp_path / "photos").mkdir()
     with pytest.raises(DataError, match="holds photos; allowed layouts: <split>"):
-        Folder(tmp_path, "train")
+        BinaryMasks(tmp_path, "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match="train has no folders in it"):
-        Folder(tmp_path, "train")
+        BinaryMasks(tmp_path, "train")
     (tmp_path / "train/dog/annotations").mkdir(parents=True)
     with pytest.raises(DataError, match=r"dog.images: no such folder"):
-        Folder(tmp_path, "train")
+        BinaryMasks(tmp_path, "train")
     (tmp_path / "train/dog/images").mkdir()
     with pytest.raises(DataError, match=r"dog.images: holds no images; image suffixes are \.jpg"):
-        Folder(tmp_path, "train")
+        BinaryMasks(tmp_path, "train")
 
 
 def test_a_file_as_root(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.zip: not a folder"):
-        Folder(tmp_path / "a.zip", "train")
+        BinaryMasks(tmp_path / "a.zip", "train")
 
 
 def test_unknown_split(root):
     with pytest.raises(DataError, match="unknown split 'dev': allowed are train, val, test"):
-        Folder(root, "dev")
+        BinaryMasks(root, "dev")
     with pytest.raises(DataError, match="has no split 'val': it has test, train"):
-        Folder(root, "val")
+        BinaryMasks(root, "val")
 
 
 def test_image_without_mask(root):
     put(root / "train/dog", "b", mask=None)
     with pytest.raises(DataError, match=r"dog.images: 1 of 2 images have no mask .*: b\.png$"):
-        Folder(root, "train")
+        BinaryMasks(root, "train")
     shutil.rmtree(root / "train/dog/annotations")
     with pytest.raises(DataError, match="dog has no folder of masks; allowed.*annotations, masks"):
-        Folder(root, "train")
+        BinaryMasks(root, "train")
 
 
 def test_mask_without_image_is_reported(root, caplog):
     put(root / "train/dog", "b", image=None)
     with caplog.at_level("WARNING"):
-        assert len(Folder(root, "train")) == 3
+        assert len(BinaryMasks(root, "train")) == 3
     assert "dog/annotations: masks without image, ignored: b.png" in caplog.text
 
 
 def test_two_images_of_one_stem(root):
     put(root / "train/dog", "a", image=".jpg")
     with pytest.raises(DataError, match=r"a\.jpg and a\.png have the same stem"):
-        Folder(root, "train")
+        BinaryMasks(root, "train")
 
 
 def test_unusable_files_are_named_when_read(root):
     (root / "train/cat/images/a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     Image.fromarray(np.full(SHAPE, 7, np.uint8)).save(root / "train/dog/annotations/a.png")
-    source = Folder(root, "train")
+    source = BinaryMasks(root, "train")
     with pytest.raises(DataError, match=r"cat.images.a\.png"):
         source[0]
     with pytest.raises(DataError, match=r"dog.annotations.a\.png: mask values 7 "):
         source[2]
-    assert Folder(root, "train", mask_threshold=5)[2]["mask"].all()
+    assert BinaryMasks(root, "train", mask_threshold=5)[2]["mask"].all()
 
 
 def test_list_images(tmp_path):
@@ -213,14 +213,14 @@ def test_list_images_without_a_match(tmp_path):
 
 def test_davis():
     root = shared_path("data/obj_seg")
-    train, test = (Folder(root, split, categories=["dog"]) for split in ("train", "test"))
+    train, test = (BinaryMasks(root, split, categories=["dog"]) for split in ("train", "test"))
     assert (len(train), len(test)) == (50, 10)
     assert set(train.sizes()) == {(480, 854)}
     example = train[0]
     assert set(np.unique(example["mask"])) == {0, 1}
     raw = np.asarray(Image.open(root / "train/dog/annotations/00000.png"))
     np.testing.assert_array_equal(example["mask"] * 255, raw)
-    assert len(Folder(root, "train").categories) == 12
+    assert len(BinaryMasks(root, "train").categories) == 12
 
 
 def test_void_means_void_in_every_mask_of_a_set(tmp_path):
@@ -231,11 +231,11 @@ def test_void_means_void_in_every_mask_of_a_set(tmp_path):
         Image.new("RGB", (3, 1)).save(tmp_path / "train" / "images" / f"{name}.png")
         mask = np.array([values], np.uint8)
         Image.fromarray(mask).save(tmp_path / "train" / "masks" / f"{name}.png")
-    source = Folder(tmp_path, "train")
+    source = BinaryMasks(tmp_path, "train")
     assert [source[i]["mask"].tolist() for i in range(2)] == [[[0, 1, 255]], [[0, 0, 255]]]
-    assert Folder(tmp_path, "train", mask_values="0/1")[1]["mask"].tolist() == [[0, 0, 255]]
+    assert BinaryMasks(tmp_path, "train", mask_values="0/1")[1]["mask"].tolist() == [[0, 0, 255]]
     # The other splits are read alike, though nothing in them tells.
     shutil.copytree(tmp_path / "train", tmp_path / "test")
     for kind in ("images", "masks"):
         (tmp_path / "test" / kind / "a.png").unlink()
-    assert Folder(tmp_path, "test")[0]["mask"].tolist() == [[0, 0, 255]]
+    assert BinaryMasks(tmp_path, "test")[0]["mask"].tolist() == [[0, 0, 255]]

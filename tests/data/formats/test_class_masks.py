@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from shared import shared_path
 
-from jaxseg.data import DataError, Folder, write_image, write_mask
-from jaxseg.data.formats.class_masks import LabelledFolder
+from jaxseg.data import BinaryMasks, DataError, write_image, write_mask
+from jaxseg.data.formats.class_masks import ClassMasks
 
 IDS = np.array([[0, 1, 2, 3], [3, 255, 0, 1]])  # with id 3 void
 SIZE = IDS.shape
@@ -39,7 +39,7 @@ def expected():
 
 
 def test_reads(root):
-    source = LabelledFolder(root, "train")
+    source = ClassMasks(root, "train")
     assert source.classes == ("road", "sky", "tree") and source.categories == ("all",)
     assert len(source) == 2 and source.sizes() == [SIZE, SIZE]
     example = source[0]
@@ -50,20 +50,20 @@ def test_reads(root):
     np.testing.assert_array_equal(source[1]["mask"], expected()[::-1])
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again[1]["mask"], source[1]["mask"])
-    assert len(LabelledFolder(root, "val")) == 1
+    assert len(ClassMasks(root, "val")) == 1
 
 
 def test_classes_and_void_of_a_config(root):
     (root / "classes.txt").unlink()
     with pytest.raises(DataError, match="classes.txt is missing: name the classes .*data.classes"):
-        LabelledFolder(root, "train")
-    source = LabelledFolder(root, "train", classes=("a", "b", "c"), void=(3,))
+        ClassMasks(root, "train")
+    source = ClassMasks(root, "train", classes=("a", "b", "c"), void=(3,))
     assert source.classes == ("a", "b", "c")
     np.testing.assert_array_equal(source[0]["mask"], expected())
 
 
 def test_void_in_between_is_closed_up(root):
-    source = LabelledFolder(root, "train", void=(0,))
+    source = ClassMasks(root, "train", void=(0,))
     assert source.classes == ("sky", "tree")
     lookup = {0: 255, 1: 0, 2: 1, 3: 255, 255: 255}
     np.testing.assert_array_equal(source[0]["mask"], np.vectorize(lookup.get)(IDS))
@@ -77,9 +77,9 @@ def test_undeclared_ids(root):
     )
     (root / "classes.txt").write_text("road\nsky\n")
     with pytest.raises(DataError, match=message) as error:
-        LabelledFolder(root, "train", void=(8,))[0]
+        ClassMasks(root, "train", void=(8,))[0]
     assert "\n" not in str(error.value)
-    ignored = LabelledFolder(root, "train", void=(3, 7, 9))[0]["mask"]
+    ignored = ClassMasks(root, "train", void=(3, 7, 9))[0]["mask"]
     np.testing.assert_array_equal(ignored, [[0, 255, 255, 255]])
 
 
@@ -87,7 +87,7 @@ def test_class_lists(root):
     def fails(text, message, **options):
         (root / "classes.txt").write_bytes(text)
         with pytest.raises(DataError, match=message):
-            LabelledFolder(root, "train", **options)
+            ClassMasks(root, "train", **options)
 
     fails(b" \n\n", "classes.txt is empty: name the classes in it, one a line, or in data.classes")
     fails(b"road\n\nsky\n", "classes.txt: line 2 is empty; each line stands for an id")
@@ -99,8 +99,8 @@ def test_class_lists(root):
     fails(b"road\nsky\ntree\nvoid\n", moved, classes=("sky", "tree"))
     fails(b"road\n", "data.void has -1, 70000; allowed are ids from 0 to 65535", void=(-1, 70000))
     (root / "classes.txt").write_bytes(b"\xef\xbb\xbfroad\r\nsky\r\ntree\r\nVoid\r\n\r\n")
-    assert LabelledFolder(root, "train").classes == ("road", "sky", "tree")
-    renamed = LabelledFolder(root, "train", classes=("street", "sky", "tree"), void=(3,))
+    assert ClassMasks(root, "train").classes == ("road", "sky", "tree")
+    renamed = ClassMasks(root, "train", classes=("street", "sky", "tree"), void=(3,))
     assert renamed.classes == ("street", "sky", "tree")
 
 
@@ -114,9 +114,9 @@ def test_palettes_give_their_index(root):
     image.putdata(IDS.ravel().tolist())
     image.putpalette([200, 100, 0] * 256)
     put(root / "train", "a", image)
-    np.testing.assert_array_equal(LabelledFolder(root, "train")[0]["mask"], expected())
+    np.testing.assert_array_equal(ClassMasks(root, "train")[0]["mask"], expected())
     write_palette(root)
-    coloured = LabelledFolder(root, "train")
+    coloured = ClassMasks(root, "train")
     np.testing.assert_array_equal(coloured[0]["mask"], expected())
 
 
@@ -124,8 +124,8 @@ def test_16_bit_and_1_bit_masks(root):
     put(root / "train", "a", Image.fromarray(np.array([[0, 2, 300]], np.uint16)))
     put(root / "train", "bb", Image.fromarray(np.array([[False, True]])))
     with pytest.raises(DataError, match="ids 300 are not declared"):
-        LabelledFolder(root, "train")[0]
-    source = LabelledFolder(root, "train", void=(300,))
+        ClassMasks(root, "train")[0]
+    source = ClassMasks(root, "train", void=(300,))
     np.testing.assert_array_equal(source[0]["mask"], [[0, 2, 255]])
     np.testing.assert_array_equal(source[1]["mask"], [[0, 1]])
 
@@ -134,9 +134,9 @@ def test_masks_in_colours(root):
     ids = np.where(IDS == 255, 3, IDS)
     put(root / "train", "a", Image.fromarray(np.array(COLORS, np.uint8)[ids]))
     with pytest.raises(DataError, match="a.png is in colour and no colours .*palette.txt"):
-        LabelledFolder(root, "train")[0]
+        ClassMasks(root, "train")[0]
     (root / "palette.txt").write_text("10 0 0\n0, 20, 0\n0\t0\t30\n0 0 0\n")
-    listed = LabelledFolder(root, "train")
+    listed = ClassMasks(root, "train")
     np.testing.assert_array_equal(listed[0]["mask"], np.where(ids == 3, 255, ids))
     np.testing.assert_array_equal(listed[1]["mask"], expected()[::-1])  # grey: ids
     odd = np.zeros((*SIZE, 3), np.uint8)
@@ -162,18 +162,18 @@ def test_masks_in_colours(root):
 def test_wrong_colours(root, colors, message):
     write_palette(root, colors)
     with pytest.raises(DataError, match=message):
-        LabelledFolder(root, "train")
+        ClassMasks(root, "train")
 
 
 def test_void_ids_may_share_a_colour(root):
     write_palette(root, (*COLORS, COLORS[3]))
-    source = LabelledFolder(root, "train", void=(4,))
+    source = ClassMasks(root, "train", void=(4,))
     assert source.classes == ("road", "sky", "tree")
 
 
 def test_sizes_must_agree(root):
     write_mask(root / "train" / "labels" / "bb.png", np.zeros((5, 6)))
-    source = LabelledFolder(root, "train")
+    source = ClassMasks(root, "train")
     for use in (source.sizes, lambda: source[1]):
         with pytest.raises(
             DataError, match=r"labels.bb\.png is 6x5 but its image .*bb\.jpg is 4x2"
@@ -185,42 +185,42 @@ def test_jpeg_masks(root):
     (root / "train" / "labels" / "a.png").unlink()
     put(root / "train", "a", np.array([[0, 200], [90, 7]]), suffix=".jpg")
     with pytest.raises(DataError, match="JPEG does not keep a mask's values: save it as PNG"):
-        LabelledFolder(root, "train")[0]
+        ClassMasks(root, "train")[0]
 
 
 def test_folders(root, tmp_path_factory):
     with pytest.raises(DataError, match="has no split 'test': it has train, val"):
-        LabelledFolder(root, "test")
+        ClassMasks(root, "test")
     with pytest.raises(DataError, match="unknown split 'all': allowed are train, val, test"):
-        LabelledFolder(root, "all")
+        ClassMasks(root, "all")
     with pytest.raises(DataError, match="data.root is empty"):
-        LabelledFolder("", "train")
+        ClassMasks("", "train")
     with pytest.raises(DataError, match="no such data folder; expected in it is <split>/images"):
-        LabelledFolder(root / "nowhere", "train")
+        ClassMasks(root / "nowhere", "train")
     with pytest.raises(DataError, match="holds images, labels; allowed layouts: <split>/photos"):
-        LabelledFolder(root / "train", "train", images="photos")
+        ClassMasks(root / "train", "train", images="photos")
     with pytest.raises(DataError, match="annotations: no such folder"):
-        LabelledFolder(root, "train", labels="annotations")
+        ClassMasks(root, "train", labels="annotations")
     (root / "train" / "labels").rename(root / "train" / "annotations")
-    assert len(LabelledFolder(root, "train", labels="annotations")) == 2
+    assert len(ClassMasks(root, "train", labels="annotations")) == 2
     (root / "train" / "annotations" / "a.png").unlink()
     with pytest.raises(DataError, match=r"1 of 2 images have no mask of the same stem .*: a\.jpg"):
-        LabelledFolder(root, "train", labels="annotations")
+        ClassMasks(root, "train", labels="annotations")
     bare = tmp_path_factory.mktemp("bare")
     with pytest.raises(DataError, match="holds no folders; allowed layouts"):
-        LabelledFolder(bare, "train")
+        ClassMasks(bare, "train")
 
 
-def test_flat_folder_is_split_as_folder_does(tmp_path):
+def test_flat_folder_is_split_as_binary_masks_are(tmp_path):
     for i in range(20):
         put(tmp_path, f"x{i:02d}", IDS % 2)
         (tmp_path / "masks").mkdir(exist_ok=True)
         write_mask(tmp_path / "masks" / f"x{i:02d}.png", IDS % 2)
     splits = {}
     for split in ("train", "val", "test"):
-        source = LabelledFolder(tmp_path, split, classes=("a", "b"))
+        source = ClassMasks(tmp_path, split, classes=("a", "b"))
         splits[split] = [source[i]["name"] for i in range(len(source))]
-        other = Folder(tmp_path, split)
+        other = BinaryMasks(tmp_path, split)
         assert splits[split] == [other[i]["name"] for i in range(len(other))]
     assert {split: len(names) for split, names in splits.items()} == {
         "train": 16,
@@ -233,7 +233,7 @@ def test_camvid():
     root = shared_path("data/camvid")
     names = (root / "classes.txt").read_text().split()
     for split, length in (("train", 367), ("val", 101)):
-        source = LabelledFolder(root, split)
+        source = ClassMasks(root, split)
         assert source.classes == tuple(names[:11]) and names[11] == "void"
         assert len(source) == length and set(source.sizes()) == {(360, 480)}
         chosen = range(0, length, 25)

@@ -333,7 +333,7 @@ def test_where_files_are(tmp_path):
     ):
         Coco(tmp_path, "val")
     with pytest.raises(DataError, match="no such annotation file; it holds annotations"):
-        Coco(tmp_path, "val", annotations="annotations/instances_{split}2017.json")
+        Coco(tmp_path, "val", labels="annotations/instances_{split}2017.json")
     with pytest.raises(DataError, match="folder of images"):
         Coco(tmp_path, "train", images="pictures")
     with pytest.raises(DataError, match="no such data folder"):
@@ -345,7 +345,7 @@ def test_where_files_are(tmp_path):
     (tmp_path / "train2017").rename(tmp_path / "pictures")
     with pytest.raises(DataError, match="no folders of images of split 'train'"):
         Coco(tmp_path, "train")
-    assert len(Coco(tmp_path, "train", annotations="mine_{split}.json", images="pictures")) == 2
+    assert len(Coco(tmp_path, "train", labels="mine_{split}.json", images="pictures")) == 2
     (tmp_path / "images" / "train2014").mkdir(parents=True)
     (tmp_path / "pictures").rename(tmp_path / "images" / "train2017")
     assert len(Coco(tmp_path, "train")) == 2  # the file's name says which
@@ -418,7 +418,7 @@ def test_aggregated_and_instances_agree(tmp_path):
         tmp_path,
         "val",
         classes=("dog", "person"),
-        annotations="val.json",
+        labels="val.json",
         images=str(root / "imgs" / "val2014"),
     )
     assert own.classes == lab.classes

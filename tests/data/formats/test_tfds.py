@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageFile
 
 from jaxseg import data
-from jaxseg.data import DataError
+from jaxseg.data import DataError, Tfds
 
 TRUNCATED = 5  # of the feature "damaged"
 
@@ -80,8 +80,8 @@ def root(tmp_path_factory):
 
 
 def create(root, split="train", **options):
-    defaults = {"dataset": "tiny_pets", "foreground": (1,), "void": (3,)}
-    return data.create("tfds", split, root=root, **(defaults | options))
+    defaults = {"name": "tiny_pets", "foreground": (1,), "void": (3,)}
+    return Tfds(root, split, **(defaults | options))
 
 
 def test_trimap(root):
@@ -115,23 +115,21 @@ def test_tensor_features(root):
 
 def test_several_classes(root):
     """Values 3 and 1 are the classes 0 and 1, value 2 is void."""
-    source = data.create(
-        "tfds", "train", root=root, dataset="tiny_pets", classes=("a", "b"), ids=(3, 1), void=(2,)
-    )
-    assert source.mask_names == ("a", "b")
+    source = Tfds(root, name="tiny_pets", classes=("a", "b"), ids=(3, 1), void=(2,))
+    assert source.names == ("a", "b")
     trimap = pixels(4)[1]
     want = np.select([trimap == 3, trimap == 1], [0, 1], 255)
     np.testing.assert_array_equal(source[4]["mask"], want)
-    options = dict(root=root, dataset="tiny_pets", classes=("a", "b"))
+    options = dict(root=root, name="tiny_pets", classes=("a", "b"))
     with pytest.raises(DataError, match="values 2, 3 are neither classes .*nor void"):
-        data.create("tfds", "train", **options)[0]
+        Tfds(**options)[0]
     with pytest.raises(DataError, match="2 classes in data.classes, 1 values in data.tfds.ids"):
-        data.create("tfds", "train", **options, ids=(1,))
+        Tfds(**options, ids=(1,))
     for ids in ((1, 1), (1, 255)):
         with pytest.raises(DataError, match="data.tfds.ids=.*allowed is each value once, and none"):
-            data.create("tfds", "train", **options, ids=ids)
+            Tfds(**options, ids=ids)
     with pytest.raises(DataError, match="2 names, 1 of them different; allowed are at most 255"):
-        data.create("tfds", "train", **options | {"classes": ("a", "a")}, ids=(1, 2))
+        Tfds(**options | {"classes": ("a", "a")}, ids=(1, 2))
 
 
 def test_truncated_images_are_errors(root):
@@ -145,6 +143,7 @@ def test_truncated_images_are_errors(root):
 
 def test_splits(root):
     assert len(create(root, "val")) == len(create(root, "validation")) == 3
+    assert len(create(root, "train[50%:]").split("val")) == 3
     half = create(root, "train[50%:]")
     assert len(half) == 3 and half[0]["name"].isascii() and "/" not in half[0]["name"]
     np.testing.assert_array_equal(half[0]["image"], pixels(3)[0])
@@ -170,22 +169,25 @@ def test_errors(root):
     with pytest.raises(DataError, match="example 1: image .21, 30. and mask .2, 2. must have"):
         create(root, mask_key="small")[1]
     with pytest.raises(DataError, match="no data set 'none'.*file_format='array_record'"):
-        create(root, dataset="none")
+        create(root, name="none")
+    with pytest.raises(DataError, match="data.tfds.name is empty"):
+        create(root, name="")
     with pytest.raises(IndexError):
         create(root)[6]
 
 
 def test_not_prepared(root, tmp_path):
     with pytest.raises(DataError, match="not prepared.*data_dir='.*array_record'.*download_and"):
-        create(str(tmp_path), dataset="oxford_iiit_pet")
+        create(str(tmp_path), name="oxford_iiit_pet")
 
 
 def test_reading_takes_neither_the_builder_nor_tensorflow(root):
     script = f"""
 import pickle
 import sys
-from jaxseg import data
-source = data.create("tfds", "train", root={root!r}, dataset="tiny_pets", foreground=(1,))
+from jaxseg.data import FORMATS
+assert not {{"tensorflow_datasets", "jax"}} & set(sys.modules)
+source = FORMATS["tfds"]({root!r}, name="tiny_pets", foreground=(1,))
 sent = pickle.loads(pickle.dumps(source))  # as to a worker process
 assert (sent[1]["mask"] == source[1]["mask"]).all()
 assert source.sizes()[1] == (21, 30)

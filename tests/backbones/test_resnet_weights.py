@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 from checkpoints import vit_tensors, write_pth, write_safetensors
 
-from jaxseg import weights
-from jaxseg.backbones import build
-from jaxseg.heads.deeplab import DeepLabV3
+from jaxseg.backbones import build, pretrained, resnet_weights
 from jaxseg.backbones.resnet import RESNETS
-from jaxseg.weights import resnet_tensors as resnet
 
 
 def _norm(name, count):
@@ -71,7 +68,7 @@ def _tree(params, statistics):
 def test_which_resnet_it_is(name, blocks):
     shapes = _shapes(blocks, bottleneck=name != "resnet18")
     tensors = {k: np.broadcast_to(np.float32(0), s) for k, s in shapes.items()}
-    params, statistics, variant = resnet.to_flax(tensors, "x.pth")
+    params, statistics, variant = resnet_weights.to_flax(tensors, source="x.pth")
     assert variant is RESNETS[name]
     expected = _expected_tree(build(variant), jnp.zeros((1, 64, 64, 3)))
     assert _tree(params, statistics) == expected
@@ -83,7 +80,7 @@ def test_files(tmp_path, caplog, write, prefix):
     tensors = {prefix + k: v for k, v in TINY.items()}
     path = write(tmp_path / ("x.pth" if write is write_pth else "x.safetensors"), tensors)
     with caplog.at_level(logging.INFO):
-        loaded = weights.load(path)
+        loaded = pretrained.load(path)
     v = loaded.variant
     assert (v.blocks, v.bottleneck, v.width, v.small_stem) == ((1, 2, 1, 1), True, 2, False)
     block, statistics = loaded.params["layer2_1"], loaded.statistics["layer2_1"]
@@ -100,7 +97,7 @@ def test_files(tmp_path, caplog, write, prefix):
 
 
 def test_a_vit_has_no_statistics(tmp_path):
-    assert weights.load(write_pth(tmp_path / "x.pth", vit_tensors())).statistics == {}
+    assert pretrained.load(write_pth(tmp_path / "x.pth", vit_tensors())).statistics == {}
 
 
 @pytest.mark.parametrize(
@@ -123,73 +120,24 @@ def test_a_vit_has_no_statistics(tmp_path):
 def test_loading_is_loud(change, message):
     tensors = {k: v for k, v in (TINY | change).items() if v is not None}
     with pytest.raises(ValueError, match=f"x.pth.*{message}"):
-        resnet.to_flax(tensors, "x.pth")
+        resnet_weights.to_flax(tensors, source="x.pth")
 
 
 def test_another_variant_than_asked_for(tmp_path):
     path = write_pth(tmp_path / "x.pth", TINY)
     with pytest.raises(ValueError, match="x.pth as resnet50: missing tensors: layer1.1.bn1.bias"):
-        weights.load(path, variant="resnet50")
+        pretrained.load(path, variant="resnet50")
     with pytest.raises(ValueError, match="x.pth holds a ResNet, not a dino_vits16"):
-        weights.load(path, variant="dino_vits16")
+        pretrained.load(path, variant="dino_vits16")
     path = write_pth(tmp_path / "y.pth", vit_tensors())
-    with pytest.raises(ValueError, match="y.pth holds no ResNet, not a resnet50"):
-        weights.load(path, variant="resnet50")
+    with pytest.raises(ValueError, match="y.pth holds a ViT, not a resnet50"):
+        pretrained.load(path, variant="resnet50")
 
 
-def _conv_norm(conv, norm, n_out, n_in, size):
-    return {f"{conv}.weight": (n_out, n_in, size, size), **_norm(norm, n_out)}
-
-
-def _deeplab_shapes():
-    """A small DeepLabV3 as torchvision names it: 3 channels, 5 outputs, on the backbone of `TINY`."""
-    shapes = {f"backbone.{k}": v.shape for k, v in TINY.items() if not k.startswith("fc.")}
-    for i, size in enumerate((1, 3, 3, 3)):
-        name = f"classifier.0.convs.{i}"
-        shapes |= _conv_norm(f"{name}.0", f"{name}.1", 3, 64, size)
-    shapes |= _conv_norm("classifier.0.convs.4.1", "classifier.0.convs.4.2", 3, 64, 1)
-    shapes |= _conv_norm("classifier.0.project.0", "classifier.0.project.1", 3, 15, 1)
-    shapes |= _conv_norm("classifier.1", "classifier.2", 3, 3, 3)
-    shapes |= _conv_norm("aux_classifier.0", "aux_classifier.1", 8, 32, 3)
-    for name, width in [("classifier", 3), ("aux_classifier", 8)]:
-        shapes |= {f"{name}.4.weight": (5, width, 1, 1), f"{name}.4.bias": (5,)}
-    return shapes
-
-
-@pytest.mark.parametrize("auxiliary", [True, False])
-def test_deeplab(auxiliary):
-    tensors = _tensors(_deeplab_shapes())
-    if not auxiliary:
-        tensors = {k: v for k, v in tensors.items() if not k.startswith("aux_")}
-    params, statistics, variant = resnet.deeplab_to_flax(tensors, "x.pth")
-    image = jnp.zeros((1, 64, 64, 3))
-    features = {8: jnp.zeros((1, 8, 8, 64)), "auxiliary": jnp.zeros((1, 8, 8, 32))}
-    head = DeepLabV3(outputs=5, channels=3, auxiliary=auxiliary)
-    expected = _expected_tree(build(variant), image)
-    assert _tree(params["backbone"], statistics["backbone"]) == expected
-    shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), features, image))
-    assert _tree(params["head"], statistics["head"]) == jax.tree.map(
-        lambda x: x.shape, dict(shapes)
-    )
-    alone, _, _ = resnet.to_flax(tensors, "x.pth")
-    jax.tree.map(np.testing.assert_array_equal, alone, params["backbone"])
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"classifier.0.project.1.bias": None}, "missing tensors: classifier.0.project.1.bias"),
-        ({"classifier.5.weight": np.zeros(3)}, "unknown tensors: classifier.5.weight"),
-        ({"backbone.fc.bias": np.zeros(3)}, "unknown tensors: backbone.fc.bias"),
-        (
-            {"classifier.0.convs.2.0.weight": np.zeros((3, 64, 1, 1))},
-            r"convs.2.0.weight has shape \(3, 64, 1, 1\), expected \(3, 64, 3, 3\)",
-        ),
-        ({"aux_classifier.4.bias": np.zeros(4)}, r"has shape \(4,\), expected \(5,\)"),
-    ],
-)
-def test_loading_a_deeplab_is_loud(change, message):
-    tensors = _tensors(_deeplab_shapes()) | change
-    tensors = {k: v for k, v in tensors.items() if v is not None}
-    with pytest.raises(ValueError, match=f"x.pth as a DeepLabV3 .* 5 outputs: {message}|{message}"):
-        resnet.deeplab_to_flax(tensors, "x.pth")
+def test_of_a_deeplab_the_backbone_is_taken(caplog):
+    tensors = {f"backbone.{k}": v for k, v in TINY.items() if not k.startswith("fc.")}
+    tensors["classifier.4.weight"] = tensors["aux_classifier.4.bias"] = np.zeros(5, np.float32)
+    with caplog.at_level(logging.INFO):
+        found = resnet_weights.to_flax(tensors, source="x.pth")
+    assert "backbone: classifier.4.weight, aux_classifier.4.bias" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, found, resnet_weights.to_flax(TINY, source="y.pth"))

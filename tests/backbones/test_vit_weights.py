@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from checkpoints import vit_tensors
 
-from jaxseg.backbones import vit
-from jaxseg.weights import vit_tensors as convert
+from jaxseg.backbones import build, vit, vit_weights
+from jaxseg.weights.tensors import pick_branch
 
 
 def _shapes(tree):
@@ -16,8 +16,8 @@ def _shapes(tree):
 
 @pytest.mark.parametrize("extra", [{}, {"layerscale": True}, {"layerscale": True, "registers": 4}])
 def test_params_are_those_of_the_module(extra):
-    params, variant = convert.to_flax(vit_tensors(**extra), source="x")
-    model = vit.from_variant(variant)
+    params, variant = vit_weights.to_flax(vit_tensors(**extra), source="x")
+    model = build(variant)
     image = jnp.zeros((1, 12, 12, 3))
     expected = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     assert _shapes(params) == _shapes(expected)
@@ -26,7 +26,7 @@ def test_params_are_those_of_the_module(extra):
 
 def test_layout_of_each_kind_of_tensor():
     tensors = vit_tensors()
-    params, _ = convert.to_flax(tensors, source="x")
+    params, _ = vit_weights.to_flax(tensors, source="x")
     kernel, weight = params["patch_embed"]["kernel"], tensors["patch_embed.proj.weight"]
     assert kernel[1, 2, 0, 5] == weight[5, 0, 1, 2]
     kernel, weight = (
@@ -39,9 +39,9 @@ def test_layout_of_each_kind_of_tensor():
 
 def test_infers_released_variants():
     tensors = vit_tensors(patch=16, dim=384, depth=12, grid=14)
-    assert convert.to_flax(tensors, source="x")[1] is vit.VARIANTS["dino_vits16"]
+    assert vit_weights.to_flax(tensors, source="x")[1] is vit.VARIANTS["dino_vits16"]
     tensors = vit_tensors(patch=14, dim=384, depth=12, grid=37, layerscale=True, registers=4)
-    assert convert.to_flax(tensors, source="x")[1] is vit.VARIANTS["dinov2_vits14_reg"]
+    assert vit_weights.to_flax(tensors, source="x")[1] is vit.VARIANTS["dinov2_vits14_reg"]
 
 
 def _hugging_face(tensors, *, dinov2):
@@ -81,9 +81,9 @@ def _hugging_face(tensors, *, dinov2):
 @pytest.mark.parametrize("dinov2", [False, True])
 def test_hugging_face_layouts(dinov2, prefix):
     tensors = vit_tensors(layerscale=dinov2)
-    expected, variant = convert.to_flax(tensors, source="x")
+    expected, variant = vit_weights.to_flax(tensors, source="x")
     renamed = {prefix + k: v for k, v in _hugging_face(tensors, dinov2=dinov2).items()}
-    got, got_variant = convert.to_flax(renamed, source="x")
+    got, got_variant = vit_weights.to_flax(renamed, source="x")
     assert got_variant == variant
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -94,8 +94,8 @@ def test_training_files():
     teacher = {f"backbone.{k}": v + 1 for k, v in tensors.items()}
     tree = {"student": student, "teacher": teacher, "epoch": 3, "optimizer": {"state": {}}}
     for branch, shift in [("teacher", 1), ("student", 0)]:
-        picked = convert.pick_branch(tree, branch=branch, source="x")
-        params, _ = convert.to_flax(picked, source="x")
+        picked = pick_branch(tree, branch=branch, source="x")
+        params, _ = vit_weights.to_flax(picked, source="x")
         np.testing.assert_array_equal(params["cls_token"], tensors["cls_token"] + shift)
 
 
@@ -105,14 +105,14 @@ def test_blocks_in_chunks():
         k.replace("blocks.", "blocks.0.", 1) if ".0." in k else k.replace("blocks.", "blocks.1."): v
         for k, v in tensors.items()
     }
-    got, _ = convert.to_flax(chunked, source="x")
-    jax.tree.map(np.testing.assert_array_equal, got, convert.to_flax(tensors, source="x")[0])
+    got, _ = vit_weights.to_flax(chunked, source="x")
+    jax.tree.map(np.testing.assert_array_equal, got, vit_weights.to_flax(tensors, source="x")[0])
 
 
 def test_what_is_left_out_is_named(caplog):
     extra = {"mask_token": np.zeros((1, 64)), "head.mlp.0.weight": np.zeros((2, 2))}
     with caplog.at_level(logging.INFO):
-        convert.to_flax(vit_tensors() | extra, source="some.pth")
+        vit_weights.to_flax(vit_tensors() | extra, source="some.pth")
     assert "some.pth: left out" in caplog.text
     assert "mask_token" in caplog.text and "head.mlp.0.weight" in caplog.text
 
@@ -123,7 +123,7 @@ def test_one_error_names_all_that_does_not_fit():
     tensors["blocks.0.attn.rel_pos"] = np.zeros(3, np.float32)
     tensors["blocks.0.mlp.fc2.bias"] = np.zeros(63, np.float32)
     with pytest.raises(ValueError) as e:
-        convert.to_flax(tensors, source="some.pth")
+        vit_weights.to_flax(tensors, source="some.pth")
     for text in (
         "some.pth",
         "missing tensors: blocks.1.norm1.bias, norm.weight",
@@ -147,25 +147,25 @@ def test_one_error_names_all_that_does_not_fit():
 )
 def test_tensors_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=f"some.pth.*{message}"):
-        convert.to_flax(vit_tensors() | change, source="some.pth")
+        vit_weights.to_flax(vit_tensors() | change, source="some.pth")
 
 
 def test_another_architecture_is_one_clear_error():
     resnet = {"conv1.weight": np.zeros((64, 3, 7, 7)), "bn1.weight": np.zeros(64)}
     resnet |= {f"layer1.{i}.conv1.weight": np.zeros((64, 64, 3, 3)) for i in range(9)}
     with pytest.raises(ValueError, match=r"r50.pth is not a ViT .*conv1.weight.*\(11 in all\)"):
-        convert.to_flax(resnet, source="r50.pth")
+        vit_weights.to_flax(resnet, source="r50.pth")
 
 
 def test_heads_must_be_given_where_the_width_does_not_tell():
     tensors = vit_tensors(dim=96)
     with pytest.raises(ValueError, match="96 wide.*give the variant"):
-        convert.to_flax(tensors, source="x")
+        vit_weights.to_flax(tensors, source="x")
     variant = vit.Variant("mine", 4, 96, 2, heads=3, grid=3)
-    assert convert.to_flax(tensors, variant=variant, source="x")[1] is variant
+    assert vit_weights.to_flax(tensors, variant=variant, source="x")[1] is variant
 
 
 @pytest.mark.parametrize("tree", [[], 3, {}, {"epoch": 3}, {"teacher": {"epoch": 1}}])
 def test_files_without_tensors(tree):
     with pytest.raises(ValueError, match="some.pth holds"):
-        convert.pick_branch(tree, source="some.pth")
+        pick_branch(tree, source="some.pth")

@@ -7,10 +7,10 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny import tiny_config
 
-from jaxseg import weights
-from jaxseg.checksums import with_checksums
-from jaxseg.experiment import Backbone
 from jaxseg import backbones
+from jaxseg.assembly import make_backbone
+from jaxseg.backbones import pretrained
+from jaxseg.checksums import with_checksums
 
 VARIANT = backbones.BACKBONES["resnet10_mini"]
 
@@ -54,7 +54,7 @@ FROZEN = {"params": {"head": _leaf(9)}, "extra": DENSE["extra"]}
     ids=["dino", "rotation", "dense", "frozen"],
 )
 def test_the_trained_backbone_and_its_statistics(tmp_path, state, frozen):
-    loaded = weights.load(_workdir(tmp_path / "w", state=state, frozen=frozen))
+    loaded = pretrained.load(_workdir(tmp_path / "w", state=state, frozen=frozen))
     np.testing.assert_array_equal(loaded.params["conv1"]["kernel"], [2, 2, 2])
     np.testing.assert_array_equal(loaded.statistics["conv1"]["kernel"], [3, 3, 3])
     assert loaded.variant == VARIANT
@@ -63,13 +63,13 @@ def test_the_trained_backbone_and_its_statistics(tmp_path, state, frozen):
 def test_frozen_and_trained_layers_are_put_together(tmp_path):
     state = {"params": {"backbone": {"layer1_0": _leaf(1)}}, "extra": None}
     frozen = {"backbone": _leaf(2), "head": {"prior": _leaf(9)}}
-    loaded = weights.load(_workdir(tmp_path / "w", state=state, frozen=frozen))
+    loaded = pretrained.load(_workdir(tmp_path / "w", state=state, frozen=frozen))
     assert set(loaded.params) == {"conv1", "layer1_0"} and loaded.statistics == {}
 
 
 def test_nothing_saved_yet(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint yet"):
-        weights.load(_workdir(tmp_path / "w"))
+        pretrained.load(_workdir(tmp_path / "w"))
 
 
 def _damage(folder):
@@ -84,7 +84,7 @@ def test_the_config_of_others_is_none_of_ours(tmp_path):
     """Released weights are often published as a folder with a config.json."""
     (tmp_path / "config.json").write_text('{"architectures": ["ViTModel"]}')
     with pytest.raises(ValueError, match="is no workdir of a run: .* or .safetensors, in such a"):
-        Backbone.load(tiny_config(backbone__weights=str(tmp_path)))
+        make_backbone(tiny_config(backbone__weights=str(tmp_path)))
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
@@ -95,10 +95,10 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     with ocp.StandardCheckpointer() as checkpointer:
         older = (workdir / "checkpoints" / "4" / "default").absolute()
         checkpointer.save(older, with_checksums(states[0]))
-    np.testing.assert_array_equal(weights.load(workdir).params["w"], 2 * value)
+    np.testing.assert_array_equal(pretrained.load(workdir).params["w"], 2 * value)
     _damage(workdir / "checkpoints" / "5")
-    np.testing.assert_array_equal(weights.load(workdir).params["w"], value)
+    np.testing.assert_array_equal(pretrained.load(workdir).params["w"], value)
     assert "5/default cannot be read" in caplog.text and "\n" not in caplog.messages[0]
     _damage(workdir / "checkpoints" / "4")
     with pytest.raises(ValueError, match="4/default cannot be read"):
-        weights.load(workdir)
+        pretrained.load(workdir)

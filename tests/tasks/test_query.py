@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxseg.tasks import attention
-from jaxseg.tasks.query import AttentionTask
+from jaxseg.backbones.backbone import backbone
+from jaxseg.heads import ClassAttention
+from jaxseg.networks import Segmenter
+from jaxseg.tasks import Query, query
 
 NAMES = ("background", "cat", "dog", "car")
 
 
 def _task(**changes):
-    return AttentionTask(
-        **dict(model=None, size=(4, 4), names=NAMES, loss_weights={"cross_entropy": 1.0}) | changes
-    )
+    # No network is asked here but in the last test, which answers itself.
+    return Query(Segmenter(backbone(variant="vit_micro8"), ClassAttention()), NAMES, **changes)
 
 
 def test_half_of_the_questions_are_any_class_and_half_one_that_is_present():
@@ -30,14 +31,14 @@ def test_half_of_the_questions_are_any_class_and_half_one_that_is_present():
 
 
 def test_classes_without_background_are_all_asked_for():
-    assert attention.queries(("sky", "road")) == (0, 1)
-    assert attention.queries(NAMES) == (1, 2, 3)
+    assert query.queries(("sky", "road")) == (0, 1)
+    assert query.queries(NAMES) == (1, 2, 3)
 
 
 def test_the_loss_is_that_of_the_classes_asked_for():
     mask = jnp.array([[[1, 2], [255, 0]]], jnp.uint8)
     logits = jnp.array(np.random.default_rng(0).normal(size=(1, 2, 2, 2, 2)), jnp.float32)
-    got = _task().losses(logits, {}, mask, query_B=jnp.array([[1, 2]]))
+    got = _task().image_losses(logits, {}, mask, query_B=jnp.array([[1, 2]]))
     dog, car = np.asarray(jax.nn.softmax(logits))[0]
     want = [dog[0, 0, 0], dog[0, 1, 1], dog[1, 1, 0], car[0, 0, 0], car[0, 1, 0], car[1, 1, 0]]
     np.testing.assert_allclose(got, [-np.log(want).mean()], rtol=1e-5)
@@ -47,7 +48,7 @@ def test_background_is_what_the_likeliest_class_leaves(monkeypatch):
     answers = np.array([[0.2, 0.9], [0.3, 0.6], [0.1, 0.95]])  # of three classes in two pixels
     task = _task()
     asked = jnp.array(answers).reshape(3, 1, 1, 2), jnp.zeros((3, 1, 1, 1))
-    monkeypatch.setattr(AttentionTask, "ask", lambda *_: asked)
+    monkeypatch.setattr(Query, "ask", lambda *_: asked)
     logits, _ = task.logits({}, {})
     want = [[0.7, 0.2, 0.3, 0.1], [0.05, 0.9, 0.6, 0.95]]
     np.testing.assert_allclose(task.scores(logits)[0, 0], want, rtol=1e-5)
@@ -78,6 +79,6 @@ def test_answers_against_loops():
                     follows += _iou(answer, truth) > _iou(answer, rival)
                     pairs += 1
         course.append(both / (either + 1))
-    got = attention.answer_counts(*map(jnp.array, (answers, mask, known)), values=(1, 2, 3))
+    got = query.answer_counts(*map(jnp.array, (answers, mask, known)), values=(1, 2, 3))
     np.testing.assert_allclose(got["queries"], [asked, other, follows, pairs], rtol=1e-5)
     np.testing.assert_allclose(got["course_attention"], [sum(course), 4], rtol=1e-5)
