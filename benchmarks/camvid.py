@@ -9,15 +9,11 @@ stopped and started. `+ scales` is the same run evaluated at three scales and mi
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from configs.deeplab_multiclass import get_config  # noqa: E402
-from jaxseg import run  # noqa: E402
-from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
+from jaxseg import restart_with_huge_pages, run
+from jaxseg.schema import read_config
 
 COLUMNS = ("miou", "pixel_accuracy", "mean_accuracy", "boundary_iou")
 
@@ -27,13 +23,13 @@ def main() -> None:
     parser.add_argument("--root", required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--heads", nargs="+", default=["linear", "guided", "deeplabv3plus"])
+    parser.add_argument("--heads", nargs="+", default=["linear_norm", "guided", "deeplabv3plus"])
     parser.add_argument("--scales", action="store_true", help="evaluate at three scales as well")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rows = []
     for head in args.heads:
-        config = get_config("camvid")
+        config = read_config("deeplab_multiclass:camvid")
         config.seed = args.seed
         config.head.name = head
         config.data.root, config.backbone.weights = args.root, args.weights

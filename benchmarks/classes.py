@@ -9,42 +9,31 @@ head alone, on features that are at hand, as a frozen backbone allows.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from configs.deeplab_multiclass import get_config  # noqa: E402
-from jaxseg import run  # noqa: E402
-from jaxseg.experiment import frozen_paths, make_model, make_task  # noqa: E402
-from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
-from jaxseg.backbones import BACKBONES  # noqa: E402
-from jaxseg.train import loop, optim  # noqa: E402
-from jaxseg.train.speed import (  # noqa: E402
-    best_seconds,
-    compiled,
-    matmul_rate,
-    product_flops,
-)
-from jaxseg.train.state import split_params  # noqa: E402
+from jaxseg import assembly, restart_with_huge_pages
+from jaxseg.schema import read_config
+from jaxseg.tasks import Facts
+from jaxseg.train import loop
+from jaxseg.train.speed import best_seconds, compiled, matmul_rate, product_flops
 
 NAMES = tuple(f"class {i}" for i in range(11))
+STEPS = 100  # of the schedule
 
 
 def make_calls(args, variant: str, head: str, train: str) -> dict[str, tuple]:
     """{what: (function, *arguments)} of one training step and of one prediction."""
-    config = get_config("camvid")
+    config = read_config("deeplab_multiclass:camvid")
     config.head.name = head
     config.backbone.update(variant=variant, train=train, precision=args.precision)
     if variant.startswith("resnet"):
         config.backbone.stride = 16
-    model = make_model(config, BACKBONES[variant], NAMES)
-    size = tuple(-(-side // model.stride) * model.stride for side in args.size)
-    task = make_task(config, model, size=size, names=NAMES, categories=("all",))
+    task = assembly.make_task(config, NAMES)
+    size = tuple(-(-side // task.multiple) * task.multiple for side in args.size)
+    task = task.with_facts(Facts(size, names=NAMES), steps=STEPS, batch=args.batch)
     params = jax.jit(task.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {
@@ -53,12 +42,12 @@ def make_calls(args, variant: str, head: str, train: str) -> dict[str, tuple]:
         "row": jnp.arange(args.batch),
         "valid": jnp.ones(args.batch, bool),
     }
-    cached = train == "none" and not variant.startswith("resnet")
+    cached = task.network.features
     if cached:
         batch["features"] = jax.jit(task.features)(params, batch["image"])
-    trained, frozen = split_params(params, frozen_paths(config, BACKBONES[variant]))
-    schedule = optim.make_schedule(config.optim, 100)
-    optimizer = run.make_optimizer(config, task, schedule, 100)
+    trained, frozen = task.split(params)
+    recipe = assembly.make_settings(config).recipe
+    optimizer = recipe.optimizer(STEPS, batch=args.batch, layers=task.layer_names)
     state = loop.make_state(task, trained, optimizer)
     step = loop.make_train_step(task, optimizer, seed=0)
     judged = task.predicting(params, state.extra)
@@ -85,7 +74,7 @@ def main() -> None:
     print("|---|---|---|---|", flush=True)
     calls = {}
     for variant, head, train in (
-        ("dinov2_vits14", "linear", "none"),
+        ("dinov2_vits14", "linear_norm", "none"),
         ("dinov2_vits14", "deeplabv3plus", "none"),
         ("resnet50", "deeplabv3plus", "all"),
     ):

@@ -4,16 +4,12 @@ python benchmarks/conv.py
 """
 
 import argparse
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from jaxseg.ops.conv import conv_general_dilated  # noqa: E402
-from jaxseg.train.speed import best_seconds  # noqa: E402
+from jaxseg.ops.conv import conv_general_dilated
+from jaxseg.train.speed import best_seconds
 
 # (side, channels in, out, stride) of the last stages on images of 32 x 32, and of ResNet-18 on 224 x 224.
 SHAPES = (

@@ -10,33 +10,28 @@ fuses and overlaps them. The Pillow row draws the same recipe with Pillow on one
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from jaxseg import assembly, restart_with_huge_pages
+from jaxseg.backbones import BACKBONES
+from jaxseg.ops.crops import View, draw_views
+from jaxseg.schema import read_config
+from jaxseg.tasks import Facts
+from jaxseg.train import loop
+from jaxseg.train.speed import best_seconds, compiled, matmul_rate, product_flops
 
-from configs.dino import get_config  # noqa: E402
-from jaxseg import pretrain  # noqa: E402
-from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
-from jaxseg.backbones import BACKBONES  # noqa: E402
-from jaxseg.ops.crops import View, draw_views  # noqa: E402
-from jaxseg.train import loop  # noqa: E402
-from jaxseg.train.speed import (  # noqa: E402
-    best_seconds,
-    compiled,
-    matmul_rate,
-    product_flops,
-)
+# Of the schedules.
+STEPS, EXAMPLES = 1000, 10000
 
 
-def pillow_views(image: Image.Image, views: list[View], rng: np.random.Generator) -> None:
-    """The recipe of `ops.views`, as a data loader would draw it."""
+def pillow_views(image: Image.Image, views: Sequence[View], rng: np.random.Generator) -> None:
+    """The recipe of `ops.crops`, as a data loader would draw it."""
     width, height = image.size
     for view in views:
         area = rng.uniform(*view.scale) * width * height
@@ -86,10 +81,10 @@ def make_batch(count: int, height: int, width: int) -> dict[str, np.ndarray]:
 def make_parts(task, optimizer, state, step, batch) -> dict[str, tuple]:
     """The step and its parts, each compiled by itself, with their arguments."""
     keys = jax.random.split(jax.random.key(0), len(batch["row"]))
-    statistics = state.extra["student_statistics"]
+    statistics, crops = state.extra["student_statistics"], task.views.crops()
 
     def draw(keys, batch):
-        return draw_views(keys, batch["image"], batch["extent"], task.views)
+        return draw_views(keys, batch["image"], batch["extent"], crops)
 
     def teacher(params, views):
         return task.project(params, statistics, views[:2])[0]
@@ -102,7 +97,7 @@ def make_parts(task, optimizer, state, step, batch) -> dict[str, tuple]:
         updates, _ = optimizer.update(grads, state.opt_state, state.params)
         return jax.tree.map(jnp.add, state.params, updates)
 
-    views = [jnp.zeros((len(keys), view.size, view.size, 3)) + 0.5 for view in task.views]
+    views = [jnp.zeros((len(keys), view.size, view.size, 3)) + 0.5 for view in crops]
     parts = {
         "augmentation": (draw, keys, batch),
         "teacher": (teacher, state.params, views),
@@ -127,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
 
     try:
-        config = get_config(args.preset)
+        config = read_config(f"dino:{args.preset}")
     except ValueError as error:
         parser.error(str(error))
     config.backbone.precision = args.precision
@@ -135,10 +130,12 @@ def main() -> None:
     config.dino.outputs = args.outputs or config.dino.outputs
     config.train.batch = args.batch
     source = _files(args, config, parser) if args.files else None
-    variant = BACKBONES[config.backbone.variant]
-    run_length = dict(steps=1000, examples=10000)
-    task = pretrain.make_task(config, variant, **run_length)
-    optimizer, _ = pretrain.make_optimizer(config, **run_length)
+    settings = assembly.make_settings(config)
+    facts = Facts(tuple(config.data.size), examples=EXAMPLES)
+    task = assembly.make_task(config, ()).with_facts(facts, steps=STEPS, batch=args.batch)
+    hold, hold_steps = task.held
+    held = dict(hold=hold, hold_steps=hold_steps)
+    optimizer = settings.recipe.optimizer(STEPS, batch=args.batch, **held)
     host_batch = make_batch(args.batch, *config.data.size)
     batch = jax.device_put(host_batch)
     state = loop.make_state(task, jax.jit(task.init)(jax.random.key(0)), optimizer)
@@ -151,7 +148,7 @@ def main() -> None:
     flops = product_flops(step, state, {}, batch)
     views = config.views
     print(
-        f"{variant.name}, 2 x {views.global_size} + {views.local_count} x {views.local_size}, "
+        f"{config.backbone.variant}, 2 x {views.global_size} + {views.local_count} x {views.local_size}, "
         f"K = {config.dino.outputs}, batch {args.batch}, {args.precision}, "
         f"{jax.devices()[0].device_kind}: {args.batch / whole:.2f} images/s, "
         f"{flops / whole / 1e9:.0f} GFLOP/s, {flops / whole / rate:.0%} of the measured "
@@ -164,11 +161,11 @@ def main() -> None:
     begin = time.perf_counter()
     images = host_batch["image"][:16]
     for image in images:
-        pillow_views(Image.fromarray(image), list(task.views), rng)
+        pillow_views(Image.fromarray(image), task.views.crops(), rng)
     pillow = (time.perf_counter() - begin) / len(images)
     print(f"| the same views in Pillow, one core | {1e3 * pillow:.3g} | |", flush=True)
     if source is not None:
-        _from_files(args, config, source, parts["whole step"][0], state, whole)
+        _from_files(args, task, source, settings.reading, parts["whole step"][0], state, whole)
 
 
 def _files(args, config, parser):
@@ -176,14 +173,15 @@ def _files(args, config, parser):
     config.data.update(name="images", root=args.files, memory_gigabytes=0.0)
     config.data.update(threads=args.threads, workers=args.workers)
     try:
-        return pretrain.make_source(config, "train")
+        return assembly.make_data(config).split("train")
     except ValueError as error:
         parser.error(f"--files: {error}")
 
 
-def _from_files(args, config, source, step, state, whole: float) -> None:
+def _from_files(args, task, source, reading, step, state, whole: float) -> None:
     """Images/s of steps fed from files, as a share of the rate without reading."""
-    reader = pretrain.Reader(config, source, tuple(config.data.size))
+    options = dict(reading=reading, batch=args.batch, seed=0)
+    reader = task.reader(source, frozen={}, digest="", **options)
     # What is read ahead before the first step must not count.
     ahead = 2 * args.threads * max(args.workers, 1)
     steps = max(2 * ahead, 20)

@@ -30,14 +30,12 @@ import numpy as np
 import pyvips
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from jaxseg.data.large import LargeImage, PngWriter  # noqa: E402
-from jaxseg.data.drawn.shapes import Shapes  # noqa: E402
-from jaxseg.evaluate.tiles import default_overlap, plan, predict_tiles  # noqa: E402
-from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
-from jaxseg.ops.resize import resize_bilinear  # noqa: E402
-from jaxseg.run import restore  # noqa: E402
+import jaxseg
+from jaxseg.data import Shapes
+from jaxseg.data.large import LargeImage, PngWriter
+from jaxseg.evaluate.tiles import default_overlap, predict_tiles
+from jaxseg.evaluate.windows import plan
+from jaxseg.ops.resize import resize_bilinear
 
 CLASSES, CELL, PICTURES = 21, 400, 24
 PALETTE = np.random.default_rng(3).integers(0, 256, (CLASSES, 3), dtype=np.uint8)
@@ -46,7 +44,7 @@ GIB = 2**30
 
 def draw(path: Path, size: int) -> None:
     """Writes a mosaic of drawn pictures, turned and lit at random."""
-    source, rng = Shapes("train", size=(CELL, CELL)), np.random.default_rng(0)
+    source, rng = Shapes(part="train", size=(CELL, CELL)), np.random.default_rng(0)
     pictures = [source[i]["image"] for i in range(PICTURES)]
 
     def cell() -> np.ndarray:
@@ -82,18 +80,12 @@ def convolutional() -> tuple[Callable, tuple[int, int], dict]:
 
 def trained(workdir: str) -> tuple[Callable, tuple[int, int], dict]:
     """The network of a run, its window and a layout for it."""
-    run = restore(Path(workdir), {})
-    task, device = run.task, jax.local_devices()[0]
-
-    @jax.jit
-    def network(params, images):
-        logits, _ = task.logits(params, {"image": images})
-        return task.scores(logits)
-
-    params = jax.device_put(run.host(run.params), device)
-    overlap, margin = default_overlap(task.size, task.model.stride)
-    layout = {"overlap": overlap, "margin": margin, "multiple": task.model.stride}
-    return functools.partial(network, params), task.size, layout
+    run = jaxseg.load(workdir)
+    task, device = run.task.masks, jax.local_devices()[0]
+    params = jax.device_put(run.host(run.variables), device)
+    overlap, margin = default_overlap(task.size, task.multiple)
+    layout = {"overlap": overlap, "margin": margin, "multiple": task.multiple}
+    return functools.partial(jax.jit(run.scores), params), task.size, layout
 
 
 def keep(probability: np.ndarray) -> np.ndarray:
@@ -229,5 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages(__file__)
+    jaxseg.restart_with_huge_pages(__file__)
     main()

@@ -13,16 +13,12 @@ the seconds include features and evaluation, and are those of a training only wh
 import argparse
 import logging
 import statistics
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from configs.pac_objseg import get_config  # noqa: E402
-from jaxseg import run  # noqa: E402
-from jaxseg.data import Folder  # noqa: E402
-from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
+from jaxseg import restart_with_huge_pages, run
+from jaxseg.data import BinaryMasks
+from jaxseg.schema import read_config
 
 # Head, preset, epochs.
 RECIPES = {
@@ -35,7 +31,7 @@ RECIPES = {
 def make_config(args: argparse.Namespace, head: str, categories: tuple[str, ...], seed: int):
     """The config of one training."""
     preset, epochs = RECIPES[head]
-    config = get_config(preset)
+    config = read_config(f"pac_objseg:{preset}")
     config.seed = seed
     config.head.name = head
     config.data.root, config.data.categories = args.root, categories
@@ -74,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.getLogger("jaxseg").setLevel(logging.WARNING)
-    names = Folder(args.root, "train").categories
+    names = BinaryMasks(args.root).categories
     print(f"| head | {args.one} | all {len(names)} | unseen | worst unseen | s, {args.one} |")
     print("|---|---|---|---|---|---|", flush=True)
     for head in args.heads:

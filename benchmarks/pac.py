@@ -3,7 +3,7 @@
     python benchmarks/pac.py [--repeats 9] [--skip-patches]
 
 k = 5, stride 2, 16 guide channels, float32. "patches" is the definition in
-`jaxseg/ops/pac_reference.py`; "torch unfold" is the same in torch: zeros inserted, `F.unfold` of
+`jaxseg/ops/pac/reference.py`; "torch unfold" is the same in torch: zeros inserted, `F.unfold` of
 input and guide, one einsum, on all cores (and on the GPU where JAX runs on one). The forms take
 turns within one process; each figure is the median over the repeats. Peak memory: for JAX what
 the compiled program allocates for temporaries and results (`memory_analysis`); for torch what the
@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -205,5 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     main()

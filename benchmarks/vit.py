@@ -8,21 +8,17 @@ Prints one Markdown table, a row for each dtype; the device is the one JAX picks
 
 import argparse
 import platform
-import sys
-from pathlib import Path
 
 import flax
 import jax
 import jax.numpy as jnp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from jaxseg.huge_pages import restart_with_huge_pages  # noqa: E402
-from jaxseg.models import vit  # noqa: E402
-from jaxseg.train.speed import best_seconds, matmul_rate  # noqa: E402
+from jaxseg import restart_with_huge_pages
+from jaxseg.backbones.vit import VARIANTS, Variant, ViT
+from jaxseg.train.speed import best_seconds, matmul_rate
 
 
-def forward_flops(variant: vit.Variant, size: int) -> float:
+def forward_flops(variant: Variant, size: int) -> float:
     """Floating-point operations of one image's matrix products (a multiply-add counts as two)."""
     patches = (size // variant.patch) ** 2
     n, d = patches + 1 + variant.registers, variant.dim
@@ -31,9 +27,9 @@ def forward_flops(variant: vit.Variant, size: int) -> float:
     return embed + variant.depth * block
 
 
-def measure(variant: vit.Variant, dtype: jnp.dtype, args: argparse.Namespace) -> str:
+def measure(variant: Variant, dtype: jnp.dtype, args: argparse.Namespace) -> str:
     """Returns the table row of one dtype."""
-    model = vit.from_variant(variant, dtype=dtype)
+    model = ViT(variant, dtype=dtype)
     image = jax.random.normal(jax.random.key(0), (args.batch, args.size, args.size, 3))
     params = jax.jit(model.init)(jax.random.key(1), image[:1])
     forward = jax.jit(lambda params, image: model.apply(params, image)["patches"])
@@ -49,14 +45,14 @@ def measure(variant: vit.Variant, dtype: jnp.dtype, args: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--variant", default="dino_vits16", choices=list(vit.VARIANTS))
+    parser.add_argument("--variant", default="dino_vits16", choices=list(VARIANTS))
     parser.add_argument("--size", type=int, default=224, help="side of the square images")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--matmul", type=int, default=0, help="side of the reference matrices")
     args = parser.parse_args()
     device = jax.devices()[0]
-    variant = vit.get_variant(args.variant)
+    variant = VARIANTS[args.variant]
     print(
         f"{device.device_kind} ({device.platform}), Python {platform.python_version()}, "
         f"jax {jax.__version__}, flax {flax.__version__}\n"

@@ -11,23 +11,19 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from jaxseg import run  # noqa: E402
-from jaxseg.data.drawn.shapes import Shapes  # noqa: E402
-from jaxseg.report.report import overlay  # noqa: E402
-from jaxseg.predict import Predictor  # noqa: E402
+import jaxseg  # noqa: E402
+from jaxseg.data import Shapes  # noqa: E402
+from jaxseg.report.palette import overlay  # noqa: E402
 
 COLUMNS = 7
 
 
 def main(workdir: str) -> None:
-    predictor = Predictor(run.restore(Path(workdir), {}))
-    source = Shapes("test")
+    run, source = jaxseg.load(workdir), Shapes(part="test")
     figure, axes = plt.subplots(3, COLUMNS, figsize=(14, 6.2))
     for column in range(COLUMNS):
         image, mask = source[column]["image"], source[column]["mask"] == 1
-        pictures = (image, mask, overlay(image, predictor.predict(image) == 1))
+        pictures = (image, mask, overlay(image, run.predict(image) == 1))
         for axis, picture in zip(axes[:, column], pictures, strict=True):
             axis.imshow(picture, cmap="gray")
             axis.set(xticks=[], yticks=[])
