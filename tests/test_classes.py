@@ -17,6 +17,7 @@ CLASSES = ("background", "blob", "bar", "never")
 TINY = {
     "data.size": (32, 32),
     "backbone.variant": "vit_micro8",
+    "optim.name": "adamw",  # as in `tiny.OVERRIDES`
     "train.eval_every": 0,
     "train.steps": 4,
     "train.batch": 4,
